@@ -1,0 +1,168 @@
+"""Programs made ready to run: aligned once, cut per strip, and turned into file calls.
+
+1. `Layouts` aligns every piece of a program to the pivot's (or output's) shape, once per process.
+2. For a strip box it selects the parts of those boxes that lie inside, brings them to memory and file bytes, and
+   decides the calls. The result depends on the program and the box alone, so it is kept and used again for every other
+   row of the binding.
+
+Boundary: pure; no IO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..planner.passes.memory import itemsize
+from ..planner.plan import Output, Program
+from ..planner.tensor.pieces import FILL, Box, Piece, align, select
+from .move import Dim, Move, dense, local
+from .transfer import ReadStep, WriteStep, read_steps, write_steps
+
+__all__ = ["Layouts", "Reads", "Strip", "Writes", "extents_of", "moves", "output_box"]
+
+Shape = tuple[int, ...]
+Reads = tuple[tuple[int, ReadStep], ...]
+"""``(source operand, step)``."""
+Writes = tuple[tuple[int, WriteStep], ...]
+"""``(target operand, step)``."""
+
+
+class Strip(NamedTuple):
+    """The calls of one strip. `partial` replicas do not cover it."""
+
+    gather: Reads
+    replicas: tuple[Reads, ...]
+    partial: tuple[bool, ...]
+    scatter: tuple[Writes, ...]
+
+
+class _Boxes(NamedTuple):
+    """Aligned pieces with their bounds ``[boxes, axes]`` as arrays, to find those that meet a range."""
+
+    boxes: list[Box]
+    lo: npt.NDArray[np.int64]
+    hi: npt.NDArray[np.int64]
+
+
+def output_box(output: Output, lo: Shape, hi: Shape) -> tuple[Shape, Shape]:
+    """The output coordinates that a pivot box gives."""
+    return (
+        tuple(a // r for a, r in zip(lo, output.ratio, strict=True)),
+        tuple(-(-b // r) for b, r in zip(hi, output.ratio, strict=True)),
+    )
+
+
+class Layouts:
+    """The programs of a plan, ready to run.
+
+    Parameters
+    ----------
+    programs
+        By number; a worker has only those that it was sent.
+    strip_bytes
+        Size of the staging buffer.
+    """
+
+    def __init__(self, programs: Mapping[int, Program], strip_bytes: int) -> None:
+        self.programs = dict(programs)
+        self.strip_bytes = strip_bytes
+        self._aligned: dict[tuple[int, str, int], _Boxes] = {}
+        self.strip = lru_cache(maxsize=128)(self._strip)
+
+    def _strip(self, number: int, lo: Shape, hi: Shape) -> Strip:
+        """The calls for one box of one program."""
+        program = self.programs[number]
+        size = itemsize(program.dtype)
+        gather = self._moves(number, "gather", 0, program.gather, program.shape, lo, hi, size)
+        replicas = [self._moves(number, "replica", i, r, program.shape, lo, hi, size) for i, r in enumerate(program.replicas)]
+        scatter = []
+        for index, output in enumerate(program.outputs):
+            begin, end = output_box(output, lo, hi)
+            found = self._moves(number, "scatter", index, output.scatter, output.shape, begin, end, itemsize(output.dtype))
+            scatter.append(tuple((move.slot, step) for move in found for step in write_steps(move, self.strip_bytes)))
+        whole = int(np.prod([b - a for a, b in zip(lo, hi, strict=True)], dtype=np.int64)) * size
+        return Strip(
+            _reads(gather, self.strip_bytes),
+            tuple(_reads(r, self.strip_bytes) for r in replicas),
+            tuple(sum(m.nbytes for m in r) < whole for r in replicas),
+            tuple(scatter),
+        )
+
+    def _moves(
+        self, number: int, side: str, index: int, pieces: Sequence[Piece], shape: Shape, lo: Shape, hi: Shape, size: int
+    ) -> list[Move]:
+        key = (number, side, index)
+        aligned = self._aligned.get(key)
+        if aligned is None:
+            # Two lanes may both do this; the results are equal.
+            aligned = self._aligned[key] = _align(pieces, shape)
+        return _cut(aligned, shape, lo, hi, size)
+
+
+def moves(pieces: Sequence[Piece], shape: Shape, lo: Shape, hi: Shape, size: int) -> list[Move]:
+    """The moves of one box, without keeping anything."""
+    return _cut(_align(pieces, shape), shape, lo, hi, size)
+
+
+def _align(pieces: Sequence[Piece], shape: Shape) -> _Boxes:
+    boxes = [box for piece in pieces for box in align(piece, shape)]
+    lo = np.array([b.start for b in boxes], np.int64).reshape(len(boxes), len(shape))
+    hi = lo + 1
+    for row, box in enumerate(boxes):
+        for axis, extent, step, _ in box.dims:
+            hi[row, axis] += (extent - 1) * step
+    return _Boxes(boxes, lo, hi)
+
+
+def _cut(aligned: _Boxes, shape: Shape, lo: Shape, hi: Shape, size: int) -> list[Move]:
+    """The parts of the boxes inside ``[lo, hi)``, in file order per operand."""
+    meets = ((aligned.lo < np.array(hi, np.int64)) & (aligned.hi > np.array(lo, np.int64))).all(axis=1)
+    found = []
+    for index in np.flatnonzero(meets):
+        parts = [aligned.boxes[index]]
+        for axis, (a, b, extent) in enumerate(zip(lo, hi, shape, strict=True)):
+            if b - a < extent:
+                parts = [cut for part in parts for cut in select(part, axis, a, b)]
+        found += [local(part, lo, hi, size) for part in parts]
+    found.sort(key=lambda m: (m.slot, m.file))
+    return _join(found)
+
+
+def _join(found: Sequence[Move]) -> list[Move]:
+    """Neighbouring runs, contiguous in file and memory, as one."""
+    joined: list[Move] = []
+    for move in found:
+        if joined and (run := _run(move)) and (before := _run(joined[-1])) and joined[-1].slot == move.slot:
+            last = joined[-1]
+            if last.file + before == move.file and last.mem + before == move.mem:
+                joined[-1] = last._replace(dims=(((before + run) // move.size, move.size, move.size),))
+                continue
+        joined.append(move)
+    return joined
+
+
+def _run(move: Move) -> int:
+    """Bytes of a move that is one contiguous run, else 0."""
+    single = not move.dims or (len(move.dims) == 1 and move.dims[0][1] == move.dims[0][2] == move.size)
+    return move.nbytes if single and move.slot != FILL else 0
+
+
+def _reads(found: Sequence[Move], staging: int) -> Reads:
+    return tuple((move.slot, step) for move in found for step in read_steps(move, staging))
+
+
+def extents_of(piece: Piece, size: int) -> tuple[int, tuple[Dim, ...], int]:
+    """The contiguous file ranges of a piece that has no memory side: ``(first offset, dims of ranges, bytes of one)``."""
+    start, dims = piece.src_off * size, []
+    for extent, _, src in piece.dims:
+        if extent > 1 and src:
+            start += min(0, (extent - 1) * src * size)
+            dims.append((extent, abs(src) * size, 0))
+    dims.sort(reverse=True, key=lambda dim: dim[1])
+    outside, nbytes = dense(dims, size)
+    return start, tuple(dims[:outside]), nbytes

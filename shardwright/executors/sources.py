@@ -1,0 +1,111 @@
+"""Source files: opened read-only when first needed, checked against the plan, read at any offset by any thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from ..errors import PlanError, RunError
+from ..planner.plan import SourceFile
+from .descriptors import Descriptors, failed
+from .transfer import Read
+
+__all__ = ["SourceFiles", "unchecked"]
+
+CALL_BYTES = 4 << 20
+"""Longest single read."""
+
+
+def unchecked(path: str) -> SourceFile:
+    """A source file that is read whatever its size and time."""
+    return SourceFile(path, -1, -1, "")
+
+
+class SourceFiles:
+    """The files of a source, by their number in the plan.
+
+    Parameters
+    ----------
+    root
+        Where their paths start.
+    limit
+        Most files kept open.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], files: Sequence[SourceFile], *, limit: int | None = None) -> None:
+        self.root = Path(root)
+        self.files = files
+        self._descriptors = Descriptors(self._open, limit)
+
+    @contextmanager
+    def reading(self, number: int) -> Iterator[Read]:
+        """A function that fills buffers, one after the other, from an offset of that file on.
+
+        Raises
+        ------
+        PlanError
+            The file is not the one that was planned for; found when it is first opened.
+        RunError
+            The file ends early, or the system reports an error.
+        """
+        with self._descriptors.use(number) as fd:
+            try:
+                yield partial(self._read, fd, number)
+            except OSError as error:
+                raise failed(error, self.files[number].path, "reading") from error
+
+    def pread_into(self, number: int, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers from one place of one file."""
+        with self.reading(number) as read:
+            read(offset, buffers)
+
+    def close(self) -> None:
+        """Close every file; a later read opens it again."""
+        self._descriptors.close()
+
+    def _read(self, fd: int, number: int, offset: int, buffers: Sequence[memoryview]) -> None:
+        if len(buffers) == 1:
+            self._fill(fd, number, offset, buffers[0])
+            return
+        got = os.preadv(fd, buffers, offset)
+        for buffer in buffers if got < sum(map(len, buffers)) else ():
+            # A short vectored read: whatever is not in place yet is read plainly.
+            if got < len(buffer):
+                self._fill(fd, number, offset + got, buffer[got:])
+            offset, got = offset + len(buffer), max(0, got - len(buffer))
+
+    def _fill(self, fd: int, number: int, offset: int, buffer: memoryview) -> None:
+        at = 0
+        while at < len(buffer):
+            got = os.preadv(fd, (buffer[at : at + CALL_BYTES],), offset + at)
+            if not got:
+                raise RunError(
+                    "the source shrank while it was read",
+                    file=self.files[number].path,
+                    expected=f"{offset + len(buffer)} bytes",
+                    actual=f"{offset + at} bytes",
+                )
+            at += got
+
+    def _open(self, number: int) -> int:
+        file = self.files[number]
+        try:
+            fd = os.open(self.root / file.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise PlanError("a source file is missing", file=file.path, remedy="Plan again") from None
+        except OSError as error:
+            raise failed(error, file.path, "opening") from error
+        found = os.fstat(fd)
+        if file.nbytes >= 0 and (found.st_size, found.st_mtime_ns) != (file.nbytes, file.mtime_ns):
+            os.close(fd)
+            raise PlanError(
+                "a source file has changed since it was planned",
+                file=file.path,
+                expected=f"{file.nbytes} bytes of {file.mtime_ns} ns",
+                actual=f"{found.st_size} bytes of {found.st_mtime_ns} ns",
+                remedy="Plan again",
+            )
+        return fd

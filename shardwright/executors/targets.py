@@ -1,0 +1,149 @@
+"""Target files: laid out before data, then written at final offsets in any order by any thread.
+
+1. `TargetFiles.create` makes every folder and every file at its full size and reserves the blocks where the file system
+   can, so that a full disk shows before any work; then it writes every byte that is not tensor data.
+2. `writing` lends a function that writes at an offset, in calls of at most 1 MiB (longer calls make the kernel use
+   page-cache units that are several times slower to fill).
+3. Where a container wants checksums of data, the CRC of each written extent is kept; neighbours are joined at once.
+   `finish` patches the checksums in.
+4. `sync` flushes files, then folders.
+
+A sink is anything with `writing` and `finish`; `CompareFiles` in `compare` is the other one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import PlanError
+from ..planner.plan import TargetFile
+from .descriptors import Descriptors, failed, sync_path
+from .extents import Checksums
+from .transfer import Write
+
+__all__ = ["CALL_BYTES", "Sink", "TargetFiles"]
+
+CALL_BYTES = 1 << 20
+"""Longest single write."""
+
+
+class Sink(Protocol):
+    """Where a run's bytes go."""
+
+    def writing(self, number: int) -> AbstractContextManager[Write]:
+        """A function that takes bytes for an offset of that file."""
+
+    def finish(self) -> None:
+        """Everything was written: fill in what depends on all of it."""
+
+
+class TargetFiles:
+    """The files of a target below `root`, by their number in the plan.
+
+    Parameters
+    ----------
+    limit
+        Most files kept open.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], files: Sequence[TargetFile], *, limit: int | None = None) -> None:
+        self.root = Path(root)
+        self.files = files
+        self.checksums = Checksums(files)
+        self._descriptors = Descriptors(self._open, limit)
+
+    def create(self) -> None:
+        """Make every file at full size, with its static bytes."""
+        for number, file in enumerate(self.files):
+            path = self._path(number)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                try:
+                    _reserve(fd, file.nbytes)
+                finally:
+                    os.close(fd)
+            except OSError as error:
+                raise failed(error, file.path, "creating") from error
+            with self.writing(number) as write:
+                for offset, data in file.static:
+                    write(offset, memoryview(data))
+
+    @contextmanager
+    def writing(self, number: int) -> Iterator[Write]:
+        """A function that writes bytes at an offset of that file.
+
+        Raises
+        ------
+        RunError
+            The system reports an error.
+        """
+        with self._descriptors.use(number) as fd:
+            write = partial(_pwrite, fd)
+            try:
+                yield self.checksums.watching(number, write) if self.files[number].crcs else write
+            except OSError as error:
+                raise failed(error, self.files[number].path, "writing") from error
+
+    def finish(self) -> None:
+        """Patch in the checksums."""
+        for number, offset, data in self.checksums.patches():
+            with self._descriptors.use(number) as fd:
+                _pwrite(fd, offset, memoryview(data))
+
+    def sync(self, numbers: Sequence[int] | None = None) -> None:
+        """Flush files to the device, and with all of them the folders that hold them."""
+        for number in range(len(self.files)) if numbers is None else numbers:
+            with self._descriptors.use(number) as fd:
+                try:
+                    os.fsync(fd)
+                except OSError as error:
+                    raise failed(error, self.files[number].path, "syncing") from error
+        if numbers is None:
+            for folder, _, _ in os.walk(self.root, topdown=False):
+                sync_path(Path(folder))
+
+    def close(self) -> None:
+        """Close every file."""
+        self._descriptors.close()
+
+    def _path(self, number: int) -> Path:
+        path = self.files[number].path
+        # A plan may have been read from a file: its paths must stay below the target.
+        if path.startswith("/") or ".." in path.split("/") or "\0" in path:
+            raise PlanError("a target path leaves the target's folder", file=path)
+        return self.root / path
+
+    def _open(self, number: int) -> int:
+        try:
+            return os.open(self._path(number), os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise failed(error, self.files[number].path, "opening") from error
+
+
+def _pwrite(fd: int, offset: int, data: memoryview) -> None:
+    at, end = 0, len(data)
+    while at < end:
+        at += os.pwrite(fd, data[at : at + CALL_BYTES], offset + at)
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """Full size, with blocks reserved where that is cheap.
+
+    `os.posix_fallocate` is not used: where the file system cannot reserve, it writes to every block instead.
+    """
+    os.ftruncate(fd, nbytes)
+    if nbytes and sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
+            code = ctypes.get_errno()
+            if code in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+                raise OSError(code, os.strerror(code))

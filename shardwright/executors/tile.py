@@ -1,0 +1,298 @@
+"""One tile: for each item, for each strip box: gather, compare replicas, compute, scatter.
+
+1. The lane's slab is cut into the buffers that the memory model counted: pivot strip, staging, compare strip, one strip
+   per output, scratch.
+2. Source pieces inside the box are read into the pivot strip. Each replica is read into the compare strip (which starts
+   as a copy where the replica covers the box only in part) and must be equal, byte for byte.
+3. The value op's kernel fills the output strips; without one the pivot strip is the output.
+4. Each output's pieces inside the box are written to their targets.
+5. With the last box of a pivot its `zeros` are written, and its `padding` is read and classified: zeros, copies of the
+   last real row, or other values. What was found goes into the receipt, not into the target.
+
+Boundary: works through `SourceFiles` and a `Sink`; knows tiles as lists of `Job` and nothing of plans, lanes or clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from math import prod
+from operator import itemgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..errors import ReplicaMismatchError
+from ..planner.passes.memory import Slab, itemsize, slab, strips
+from ..planner.plan import Program
+from ..planner.tensor.pieces import FILL, align
+from .arena import Buffer
+from .compare import first_difference
+from .layouts import Layouts, Reads, Shape, Strip, Writes, extents_of, output_box
+from .move import offsets
+from .padding import Padding, classify
+from .sources import SourceFiles
+from .targets import Sink
+from .transfer import gather, scatter
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Job", "Receipt", "Runner", "Stopped"]
+
+Place = tuple[int, int]
+"""``(file number, byte offset)``."""
+
+_ZEROS = bytes(256 << 10)
+
+
+class Stopped(Exception):  # noqa: N818 -- not an error: another lane has one, or a signal came
+    """The stop flag is set."""
+
+
+class Job(NamedTuple):
+    """An item with its operands' places."""
+
+    program: int
+    name: str
+    lo: Shape
+    hi: Shape
+    sources: tuple[Place, ...]
+    targets: tuple[Place, ...]
+
+
+@dataclass(slots=True)
+class Receipt:
+    """What a tile (or a run) did.
+
+    Attributes
+    ----------
+    padding
+        By pivot tensor: what its padding held.
+    """
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    padding: dict[str, Padding] = field(default_factory=dict)
+
+    def add(self, other: Receipt) -> None:
+        """Count another receipt in."""
+        self.bytes_read += other.bytes_read
+        self.bytes_written += other.bytes_written
+        self.padding.update(other.padding)
+
+
+class _Buffers(NamedTuple):
+    pivot: memoryview
+    staging: memoryview
+    compare: memoryview
+    outputs: tuple[memoryview, ...]
+    scratch: memoryview
+
+
+class Runner:
+    """Runs tiles, for any number of threads.
+
+    Parameters
+    ----------
+    strip_bytes
+        Pivot bytes of one strip.
+    stopping
+        Asked between strips; when it says yes, `Stopped` is raised.
+    advance
+        Told the bytes written after each strip.
+    """
+
+    def __init__(
+        self,
+        layouts: Layouts,
+        sources: SourceFiles,
+        sink: Sink,
+        *,
+        strip_bytes: int,
+        stopping: Callable[[], bool] = lambda: False,
+        advance: Callable[[int], None] = lambda nbytes: None,
+    ) -> None:
+        self.layouts = layouts
+        self.sources = sources
+        self.sink = sink
+        self.strip_bytes = strip_bytes
+        self.stopping = stopping
+        self.advance = advance
+
+    def run(self, jobs: Iterable[Job], buffer: Buffer) -> Receipt:
+        """Run one tile in a lane's slab.
+
+        Raises
+        ------
+        ReplicaMismatchError
+            Two copies differ.
+        Stopped
+            The stop flag was set; the tile is not complete.
+        """
+        receipt = Receipt()
+        memory = memoryview(buffer)
+        for job in jobs:
+            self._item(job, memory, receipt)
+        return receipt
+
+    def _item(self, job: Job, memory: memoryview, receipt: Receipt) -> None:
+        program = self.layouts.programs[job.program]
+        elements = prod(b - a for a, b in zip(job.lo, job.hi, strict=True))
+        buffers = _carve(memory, slab(program, self.strip_bytes, elements))
+        last = None
+        for lo, hi in strips(program, job.lo, job.hi, self.strip_bytes):
+            if self.stopping():
+                raise Stopped
+            before = receipt.bytes_written
+            self._strip(job, program, lo, hi, buffers, receipt)
+            self.advance(receipt.bytes_written - before)
+            last = lo, hi
+        if job.hi == program.shape:
+            self._finish(job, program, last, buffers, receipt)
+
+    def _strip(self, job: Job, program: Program, lo: Shape, hi: Shape, buffers: _Buffers, receipt: Receipt) -> None:
+        steps: Strip = self.layouts.strip(job.program, lo, hi)
+        receipt.bytes_read += self._gather(job, steps.gather, buffers.pivot, buffers.staging)
+        nbytes = prod(b - a for a, b in zip(lo, hi, strict=True)) * itemsize(program.dtype)
+        for index, reads in enumerate(steps.replicas):
+            if reads:
+                if steps.partial[index]:
+                    buffers.compare[:nbytes] = buffers.pivot[:nbytes]
+                receipt.bytes_read += self._gather(job, reads, buffers.compare, buffers.staging)
+                if (at := first_difference(buffers.pivot[:nbytes], buffers.compare[:nbytes])) is not None:
+                    raise self._mismatch(job, program, index, lo, hi, at)
+        sides: Sequence[memoryview] = [buffers.pivot] * len(steps.scatter)
+        if program.op is not None:
+            _compute(program, lo, hi, buffers)
+            sides = buffers.outputs
+        for writes, side in zip(steps.scatter, sides, strict=True):
+            receipt.bytes_written += self._scatter(job, writes, side, buffers.staging)
+
+    def _gather(self, job: Job, reads: Reads, strip: memoryview, staging: memoryview) -> int:
+        total = 0
+        zeros = memoryview(_ZEROS)
+        for slot, steps in groupby(reads, itemgetter(0)):
+            if slot == FILL:
+                for _, step in steps:
+                    gather(step, _no_file, 0, strip, staging, zeros)
+                continue
+            number, base = job.sources[slot]
+            with self.sources.reading(number) as read:
+                for _, step in steps:
+                    total += gather(step, read, base, strip, staging, zeros)
+        return total
+
+    def _scatter(self, job: Job, writes: Writes, strip: memoryview, staging: memoryview) -> int:
+        total = 0
+        for slot, steps in groupby(writes, itemgetter(0)):
+            number, base = job.targets[slot]
+            with self.sink.writing(number) as write:
+                for _, step in steps:
+                    total += scatter(step, write, base, strip, staging)
+        return total
+
+    def _finish(self, job: Job, program: Program, last: tuple[Shape, Shape] | None, buffers: _Buffers, receipt: Receipt) -> None:
+        """Zeros and padding, once per pivot tensor, after its last strip."""
+        before = receipt.bytes_written
+        for output in program.outputs:
+            for piece in output.zeros:
+                number, base = job.targets[piece.slot]
+                start, ranges, nbytes = extents_of(piece, itemsize(output.dtype))
+                with self.sink.writing(number) as write:
+                    for offset, _ in offsets(ranges, base + start):
+                        for at in range(0, nbytes, len(_ZEROS)):
+                            write(offset + at, memoryview(_ZEROS)[: nbytes - at])
+                        receipt.bytes_written += nbytes
+        self.advance(receipt.bytes_written - before)
+        if program.padding:
+            size = itemsize(program.dtype)
+            row = prod(program.shape[1:]) * size
+            real = _last_row(program, last, buffers.pivot, row, size)
+            found = receipt.padding[job.name] = Padding()
+            for piece in program.padding:
+                number, base = job.sources[piece.slot]
+                start, ranges, nbytes = extents_of(piece, size)
+                with self.sources.reading(number) as read:
+                    for offset, _ in offsets(ranges, base + start):
+                        classify(found, read, offset, nbytes, row, real, buffers.staging)
+                        receipt.bytes_read += nbytes
+
+    def _mismatch(self, job: Job, program: Program, replica: int, lo: Shape, hi: Shape, at: int) -> ReplicaMismatchError:
+        """The error for byte `at` of the strip: which element, and the two files that disagree on it."""
+        index, where = at // itemsize(program.dtype), []
+        for a, b in zip(reversed(lo), reversed(hi), strict=True):
+            index, c = divmod(index, b - a)
+            where.append(a + c)
+        where.reverse()
+        files = []
+        for pieces in (program.gather, program.replicas[replica]):
+            boxes = (box for piece in pieces for box in align(piece, program.shape) if _holds(box.start, box.dims, where))
+            slot = next((box.slot for box in boxes), FILL)
+            files.append("zeros" if slot == FILL else self.sources.files[job.sources[slot][0]].path)
+        return ReplicaMismatchError(
+            f"two copies that must be equal differ, first at element {tuple(where)}",
+            tensor=job.name,
+            file=" and ".join(files),
+            remedy="Find out which copy is right; --trust-replicas takes the first without comparing",
+        )
+
+
+def _no_file(offset: int, buffers: Sequence[memoryview]) -> None:
+    raise AssertionError("zeros come from no file")
+
+
+def _carve(memory: memoryview, sizes: Slab) -> _Buffers:
+    at, parts = 0, []
+    for nbytes in (sizes.pivot, sizes.staging, sizes.compare, *sizes.outputs, sizes.scratch):
+        parts.append(memory[at : at + nbytes])
+        at += nbytes
+    return _Buffers(parts[0], parts[1], parts[2], tuple(parts[3:-1]), parts[-1])
+
+
+def _compute(program: Program, lo: Shape, hi: Shape, buffers: _Buffers) -> None:
+    import torch
+
+    from .kernels import kernel
+
+    op = program.op
+    assert op is not None
+    run = kernel(op.kernel)
+    source = _tensor(buffers.pivot, program.dtype, lo, hi)
+    outputs = [_tensor(m, o.dtype, *output_box(o, lo, hi)) for m, o in zip(buffers.outputs, program.outputs, strict=True)]
+    # An op without scratch has a buffer of length 0, which torch does not take.
+    scratch = torch.frombuffer(buffers.scratch, dtype=torch.uint8) if len(buffers.scratch) else torch.empty(0, dtype=torch.uint8)
+    run(source, outputs, scratch)
+
+
+def _tensor(memory: memoryview, dtype: str, lo: Shape, hi: Shape) -> torch.Tensor:
+    import torch
+
+    shape = [b - a for a, b in zip(lo, hi, strict=True)]
+    return torch.frombuffer(memory, dtype=getattr(torch, dtype), count=prod(shape)).view(shape)
+
+
+def _last_row(program: Program, last: tuple[Shape, Shape] | None, pivot: memoryview, row: int, size: int) -> bytes | None:
+    """The last row of axis 0, if the last strip holds it whole."""
+    if last is None or not program.shape or any(last[0][1:]):
+        return None
+    end = prod(b - a for a, b in zip(*last, strict=True)) * size
+    return bytes(pivot[end - row : end])
+
+
+def _holds(start: Shape, dims: Sequence[tuple[int, int, int, int]], where: Sequence[int]) -> bool:
+    """Whether a box has an element at these coordinates."""
+    reached = {tuple(start)}
+    for axis, extent, step, _ in dims:
+        # Only steps that can still reach the coordinate are followed, so the set stays small.
+        reached = {
+            (*c[:axis], c[axis] + i * step, *c[axis + 1 :])
+            for c in reached
+            for i in _candidates(where[axis] - c[axis], extent, step, sum(k == axis for k, *_ in dims) == 1)
+        }
+    return tuple(where) in reached
+
+
+def _candidates(distance: int, extent: int, step: int, only: bool) -> Iterable[int]:
+    if not only:
+        return range(extent)
+    return (distance // step,) if distance % step == 0 and 0 <= distance // step < extent else ()

@@ -1,0 +1,319 @@
+"""The canonical model config, and its two spellings: Hugging Face's config.json and Megatron's args.
+
+A `ModelConfig` is a family's name and the fields that its table declares, under Hugging Face's names where it has one.
+Nothing is defaulted in silence: a field comes from the file, or from the default that the family's table gives for an
+absent key (what transformers itself assumes), or the config is refused.
+
+* ``config.json`` → canonical: `from_huggingface`; back: `to_huggingface`, which edits the original where it travelled
+  along and otherwise writes one from the fields. RoPE is read in both spellings (``rope_theta`` + ``rope_scaling``;
+  ``rope_parameters``) and written in both.
+* Megatron ``args`` → canonical: `from_megatron`; back: `to_megatron`. What Megatron cannot express is refused.
+
+Boundary: dictionaries in, dictionaries out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ConfigError, UnsupportedError
+from .tables import FAMILIES, ConfigRule, Family
+
+__all__ = ["ModelConfig", "family_of", "from_huggingface", "from_megatron", "infer_family", "to_huggingface", "to_megatron"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A family's name and its canonical fields.
+
+    >>> ModelConfig("llama", {"hidden_size": 64})["hidden_size"]
+    64
+    """
+
+    family: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self.fields[name]
+        except KeyError:
+            raise ConfigError(f"the config of family {self.family!r} has no field {name!r}", remedy=f"Known: {', '.join(self.fields)}") from None
+
+
+def family_of(raw: Mapping[str, Any], file: str = "config.json") -> Family:
+    """The family that names this config's ``model_type``.
+
+    Raises
+    ------
+    UnknownFamilyError
+        None does; lists the nearest and says how to bring a table.
+    """
+    kind = raw.get("model_type")
+    for family in FAMILIES:
+        if kind in family.model_types:
+            return family
+    if not isinstance(kind, str):
+        raise ConfigError("the config has no model_type", file=file, remedy="Name the family with --family")
+    return FAMILIES.get(kind)
+
+
+def from_huggingface(raw: Mapping[str, Any], family: Family, file: str = "config.json") -> ModelConfig:
+    """The canonical config of a config.json.
+
+    Raises
+    ------
+    ConfigError
+        A key is missing without a default, has the wrong type, or RoPE's two spellings disagree.
+    """
+    plain = _plain_rope(raw, file)
+    fields: dict[str, Any] = {}
+    for rule in family.config:
+        fields[rule.name] = _field(rule, plain, fields, file)
+    _check_types(fields, file)
+    return ModelConfig(family.name, fields)
+
+
+def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], file: str) -> Any:
+    if rule.key is not None and raw.get(rule.key) is not None:
+        return raw[rule.key]
+    if rule.default is None:
+        raise ConfigError(f"the config lacks {rule.key!r}", file=file)
+    return rule.default(fields)
+
+
+_COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+
+
+def _check_types(fields: Mapping[str, Any], file: str) -> None:
+    for name in _COUNTS:
+        value = fields.get(name)
+        if name in fields and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ConfigError(f"{name} must be a positive integer", file=file, actual=repr(value))
+    heads, groups = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
+    if heads and groups and heads % groups:
+        raise ConfigError("key/value heads do not divide the attention heads", file=file, expected=f"a divisor of {heads}", actual=groups)
+
+
+def _plain_rope(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """RoPE under its older spelling, whichever the file has."""
+    plain = dict(raw)
+    parameters = raw.get("rope_parameters")
+    if isinstance(parameters, Mapping):
+        scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
+        found = {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta")), "rope_scaling": _scaling(scaling)}
+        for key, value in found.items():
+            other = _scaling(raw[key]) if key == "rope_scaling" else raw.get(key)
+            if raw.get(key) is not None and other != value:
+                raise ConfigError(f"rope_parameters and {key} disagree", file=file, expected=value, actual=raw[key])
+        plain.update(found)
+    elif raw.get("rope_scaling") is not None:
+        plain["rope_scaling"] = _scaling(raw["rope_scaling"])
+    return plain
+
+
+def _scaling(scaling: Any) -> dict[str, Any] | None:
+    """``{"rope_type": …, …}``; None for plain RoPE."""
+    if not isinstance(scaling, Mapping):
+        return None
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return None
+    return {"rope_type": kind, **{k: v for k, v in scaling.items() if k not in ("rope_type", "type", "rope_theta")}}
+
+
+def to_huggingface(config: ModelConfig, family: Family, dtype: str, base: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A config.json for `config`: the original with what changed, or a new one.
+
+    Parameters
+    ----------
+    dtype
+        Main floating dtype of the target.
+    base
+        The source's own config.json, where it travelled along.
+    """
+    if base is not None and base.get("model_type") in family.model_types:
+        made = {k: v for k, v in base.items() if k != "quantization_config"}
+        key = "torch_dtype" if "torch_dtype" in made and "dtype" not in made else "dtype"
+        if made.get(key) != dtype:
+            made[key] = dtype
+        if made.get("vocab_size") != config["vocab_size"]:
+            made["vocab_size"] = config["vocab_size"]
+        return made
+    made = {"architectures": [family.architecture], "model_type": family.model_types[0]}
+    for rule in family.config:
+        value = config[rule.name]
+        if rule.key is None:
+            _expect_fixed(rule, value, config)
+        elif made.get(rule.key, value) != value:
+            raise UnsupportedError(
+                f"config.json of family {family.name!r} has one key {rule.key!r} for two settings that differ", expected=made[rule.key], actual=value
+            )
+        elif rule.key not in ("rope_theta", "rope_scaling"):
+            made[rule.key] = value
+    if "rope_theta" in config.fields:
+        made.update(_both_ropes(config))
+    return {**made, "torch_dtype": dtype, "dtype": dtype}
+
+
+def _expect_fixed(rule: ConfigRule, value: Any, config: ModelConfig) -> None:
+    fixed = rule.default(config.fields) if rule.default else None
+    if value != fixed:
+        raise UnsupportedError(f"family {config.family!r} fixes {rule.name}", expected=fixed, actual=value, remedy="Name another --family")
+
+
+def _both_ropes(config: ModelConfig) -> dict[str, Any]:
+    theta, scaling = config["rope_theta"], config.fields.get("rope_scaling")
+    return {
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})},
+    }
+
+
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What Megatron-core's ``use_rope_scaling`` hard-codes (models/common/embeddings/rotary_pos_embedding.py)."""
+
+
+def to_megatron(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    """Megatron's model arguments, and warnings about what they cannot say.
+
+    Raises
+    ------
+    UnsupportedError
+        Megatron-core cannot build this model.
+    """
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    if config["hidden_act"] not in ("silu", "swish"):
+        raise UnsupportedError("Megatron arguments are written for SwiGLU models only", expected="hidden_act silu", actual=config["hidden_act"])
+    if config["attention_out_bias"] != config["mlp_bias"] or (config["mlp_bias"] and not config["qkv_bias"]):
+        raise UnsupportedError(
+            "Megatron's add_bias_linear gives a bias to attention output and MLP together, and to QKV with them",
+            actual={k: config[k] for k in ("qkv_bias", "attention_out_bias", "mlp_bias")},
+        )
+    rope, warnings = _megatron_rope(config)
+    window = config.fields.get("sliding_window")
+    arguments = {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": heads,
+        "group_query_attention": groups != heads,
+        "num_query_groups": groups,
+        "kv_channels": config["head_dim"],
+        "vocab_size": config["vocab_size"],
+        "max_position_embeddings": config["max_position_embeddings"],
+        "seq_length": config["max_position_embeddings"],
+        "normalization": "RMSNorm",
+        "norm_epsilon": config["rms_norm_eps"],
+        "position_embedding_type": "rope",
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        **rope,
+        "swiglu": True,
+        "squared_relu": False,
+        "add_bias_linear": config["mlp_bias"],
+        "add_qkv_bias": config["qkv_bias"] and not config["mlp_bias"],
+        "qk_layernorm": config["qk_norm"],
+        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
+        "apply_layernorm_1p": False,
+        "window_size": None if window is None else (window - 1, 0),
+        "num_experts": None,
+    }
+    return arguments, warnings
+
+
+def _megatron_rope(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    rope: dict[str, Any] = {"rotary_base": config["rope_theta"], "use_rope_scaling": False, "rope_scaling_factor": 8.0, "rotary_seq_len_interpolation_factor": None}
+    scaling = config.fields.get("rope_scaling")
+    if scaling is None:
+        return rope, []
+    kind = scaling["rope_type"]
+    if kind == "llama3" and all(scaling.get(k, v) == v for k, v in _LLAMA3_ROPE.items()):
+        return {**rope, "use_rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}, []
+    if kind == "linear" and float(scaling["factor"]).is_integer():
+        return {**rope, "rotary_seq_len_interpolation_factor": int(scaling["factor"])}, []
+    return rope, [f"Megatron's args cannot express this RoPE scaling; set it when you launch: {scaling}"]
+
+
+def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_size: int | None, file: str) -> ModelConfig:
+    """The canonical config of a checkpoint's own ``args``.
+
+    Parameters
+    ----------
+    family
+        The family, or None to infer it from the fields.
+    vocab_size
+        The true vocabulary size if the user gave one; ``args.vocab_size`` otherwise.
+
+    Raises
+    ------
+    ConfigError
+        An argument is missing, or the true vocabulary size is unknown.
+    UnsupportedError
+        A model that no family here describes (LayerNorm, learned positions, partial rotary …).
+    """
+    def need(name: str) -> Any:
+        if arguments.get(name) is None:
+            raise ConfigError(f"the checkpoint's args lack {name!r}", file=file, remedy="Give --family and --config config.json")
+        return arguments[name]
+
+    for name, wanted in (("normalization", "RMSNorm"), ("position_embedding_type", "rope"), ("swiglu", True)):
+        if need(name) != wanted:
+            raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=wanted)
+    for name, usual in {"rotary_percent": 1.0, "rotary_interleaved": False, "num_experts": None}.items():
+        if arguments.get(name, usual) != usual:
+            raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=usual)
+    heads = need("num_attention_heads")
+    vocab = vocab_size if vocab_size is not None else arguments.get("vocab_size")
+    if vocab is None:
+        raise ConfigError(
+            "the true vocabulary size is not in the checkpoint's args", file=file,
+            actual=f"padded_vocab_size {arguments.get('padded_vocab_size')}", remedy="Give --vocab-size N",
+        )  # fmt: skip
+    linear_bias = bool(arguments.get("add_bias_linear", True))
+    fields = {
+        "hidden_size": need("hidden_size"),
+        "intermediate_size": need("ffn_hidden_size"),
+        "num_hidden_layers": need("num_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": need("num_query_groups") if arguments.get("group_query_attention") else heads,
+        "head_dim": arguments.get("kv_channels") or need("hidden_size") // heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": need("max_position_embeddings"),
+        "rms_norm_eps": need("norm_epsilon"),
+        "hidden_act": "silu",
+        "tie_word_embeddings": not arguments.get("untie_embeddings_and_output_weights", False),
+        "rope_theta": float(need("rotary_base")),
+        "rope_scaling": _rope_from_megatron(arguments),
+        "qkv_bias": linear_bias or bool(arguments.get("add_qkv_bias")),
+        "attention_out_bias": linear_bias,
+        "mlp_bias": linear_bias,
+        "qk_norm": bool(arguments.get("qk_layernorm")),
+        "sliding_window": arguments["window_size"][0] + 1 if arguments.get("window_size") else None,
+    }
+    _check_types(fields, file)
+    found = family or infer_family(fields, file)
+    return ModelConfig(found.name, {rule.name: fields[rule.name] for rule in found.config})
+
+
+def _rope_from_megatron(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    if arguments.get("use_rope_scaling"):
+        return {"rope_type": "llama3", "factor": float(arguments.get("rope_scaling_factor", 8.0)), **_LLAMA3_ROPE}
+    factor = arguments.get("rotary_seq_len_interpolation_factor")
+    return None if factor is None else {"rope_type": "linear", "factor": float(factor)}
+
+
+def infer_family(fields: Mapping[str, Any], file: str) -> Family:
+    """The one family whose ``infer`` condition holds.
+
+    Raises
+    ------
+    ConfigError
+        None or several do.
+    """
+    found = [family for family in FAMILIES if family.infer.names <= set(fields) | {"true", "false", "none"} and family.infer(fields)]
+    if len(found) != 1:
+        raise ConfigError("the family cannot be told from the args", file=file, actual=[f.name for f in found], remedy="Name it with --family")
+    return found[0]

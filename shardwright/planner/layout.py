@@ -1,0 +1,203 @@
+"""Layouts: which rank holds which part of a model, and the arithmetic of rank numbers.
+
+* `Layout` is the sizes of the parallel axes and, where layers are dealt unevenly, the layers of each pipeline chunk.
+* `Split` is one row's partition over the tensor-parallel axis: an axis cut in equal parts, each part held by `repeat`
+  neighbouring ranks; `SPLITS` names the kinds that tables use, and checks what must divide.
+
+Rank number = tp + tp_size · (ep + ep_size · pp), tp fastest. Pipeline chunks are in Megatron's order: for each virtual
+chunk, for each stage (source: Megatron-core ``transformer_layer.get_transformer_layer_offset``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from ..errors import LayoutError, UsageError
+
+__all__ = ["SPLITS", "Layout", "Place", "Split"]
+
+
+class Place(NamedTuple):
+    """Where a layer lives: pipeline stage, virtual chunk, index within that chunk."""
+
+    pp: int
+    chunk: int
+    local: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Sizes of the parallel axes; an axis not given is 1.
+
+    Attributes
+    ----------
+    tp, pp, ep
+        Tensor, pipeline and expert parallel sizes.
+    vpp
+        Model chunks per pipeline stage (Megatron's virtual pipeline size); needs pp > 1.
+    etp
+        Tensor parallel size of the experts; None means tp.
+    stages
+        Layers of each pipeline chunk, in Megatron's order, where they are uneven; None deals them evenly.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    stages: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "vpp", "ep"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"{name} must be a positive integer", actual=repr(value))
+        if self.vpp > 1 and self.pp == 1:
+            raise LayoutError("a virtual pipeline needs pp > 1", actual=f"pp 1, vpp {self.vpp}", remedy="Drop --vpp or raise --pp")
+        if self.stages is not None and len(self.stages) != self.pp * self.vpp:
+            raise LayoutError(
+                "layers per stage do not match the pipeline", expected=f"{self.pp * self.vpp} numbers (pp × vpp)",
+                actual=f"{len(self.stages)} numbers",
+            )  # fmt: skip
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks (data parallelism holds copies and is not counted)."""
+        return self.tp * self.ep * self.pp
+
+    def rank(self, tp: int = 0, pp: int = 0, ep: int = 0) -> int:
+        """Rank number of a coordinate.
+
+        >>> Layout(tp=2, pp=3).rank(tp=1, pp=2)
+        5
+        """
+        return tp + self.tp * (ep + self.ep * pp)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Coordinate of a rank number: the inverse of `rank`."""
+        if not 0 <= rank < self.ranks:
+            raise UsageError("no such rank", expected=f"0 … {self.ranks - 1}", actual=rank)
+        return {"tp": rank % self.tp, "ep": rank // self.tp % self.ep, "pp": rank // self.tp // self.ep}
+
+    def chunk_sizes(self, layers: int) -> tuple[int, ...]:
+        """Layers of each chunk, in Megatron's order.
+
+        Raises
+        ------
+        LayoutError
+            The layers do not divide, or the given stages do not add up.
+        """
+        chunks = self.pp * self.vpp
+        if self.stages is not None:
+            if sum(self.stages) != layers:
+                raise LayoutError("layers per stage do not add up", expected=f"{layers} layers", actual=f"{sum(self.stages)}: {self.stages}")
+            return self.stages
+        if layers % chunks:
+            raise LayoutError(
+                f"{layers} layers do not divide into pp {self.pp} × vpp {self.vpp}",
+                remedy=f"Give the layers of each of the {chunks} chunks with --pp-layers",
+            )
+        return (layers // chunks,) * chunks
+
+    def places(self, layers: int) -> list[Place]:
+        """Place of every layer, in order.
+
+        >>> Layout(pp=2, vpp=2).places(4)
+        [Place(pp=0, chunk=0, local=0), Place(pp=1, chunk=0, local=0), Place(pp=0, chunk=1, local=0), Place(pp=1, chunk=1, local=0)]
+        """
+        sizes = self.chunk_sizes(layers)
+        return [Place(i % self.pp, i // self.pp, local) for i, size in enumerate(sizes) for local in range(size)]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; `from_json` reads it."""
+        values = asdict(self)
+        values["stages"] = None if self.stages is None else list(self.stages)
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Layout:
+        """The layout of `to_json`, or of a user's layout file; absent axes are 1."""
+        unknown = set(values) - {"tp", "pp", "vpp", "ep", "etp", "stages"}
+        if unknown:
+            raise UsageError(f"a layout has no axis {sorted(unknown)[0]!r}", expected="tp, pp, vpp, ep, etp, stages")
+        stages = values.get("stages")
+        return cls(**{**values, "stages": None if stages is None else tuple(stages)})
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A partition over tp ranks: `axis` cut into `parts` equal shards, rank t holding shard ``t // repeat``.
+
+    ``axis=None`` is a full copy on every rank.
+    """
+
+    axis: int | None
+    parts: int
+    repeat: int
+
+
+def _even(axis: int, size: int, tp: int, what: str) -> Split:
+    if size % tp:
+        raise LayoutError(f"tp {tp} does not divide {what}", expected=f"a multiple of {tp}", actual=size)
+    return Split(axis, tp, 1)
+
+
+def _copies(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
+    return Split(None, 1, tp)
+
+
+def _rows(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
+    return _even(0, shape[0], tp, "the rows")
+
+
+def _columns(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
+    return _even(1, shape[1], tp, "the columns")
+
+
+def _vocab(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
+    if shape[0] % tp:
+        raise LayoutError(
+            f"tp {tp} does not divide the vocabulary", expected=f"a multiple of {tp}", actual=shape[0], remedy=f"Pad it: --pad-vocab-to {tp}"
+        )
+    return Split(0, tp, 1)
+
+
+def _heads(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
+    _even(0, fields["num_attention_heads"], tp, "the attention heads")
+    return _even(0, shape[0], tp, "the rows")
+
+
+def _head_columns(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
+    _even(1, fields["num_attention_heads"], tp, "the attention heads")
+    return _even(1, shape[1], tp, "the columns")
+
+
+def _kv_heads(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
+    heads = fields["num_key_value_heads"]
+    if heads % tp == 0:
+        return _even(0, shape[0], tp, "the rows")
+    if tp % heads:
+        raise LayoutError("key/value heads and tp do not divide each other", expected=f"kv heads {heads} | tp or tp | kv heads", actual=f"tp {tp}")
+    return Split(0, heads, tp // heads) if kv == "replicate" else _even(0, shape[0], tp, "the rows")
+
+
+def _qkv(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
+    _even(0, fields["num_attention_heads"], tp, "the attention heads")
+    _kv_heads(shape, tp, fields, "cut")
+    return _even(0, shape[0], tp, "the fused rows")
+
+
+SPLITS: dict[str, Callable[[tuple[int, ...], int, Mapping[str, Any], str], Split]] = {
+    "none": _copies,
+    "rows": _rows,
+    "columns": _columns,
+    "vocab": _vocab,
+    "heads": _heads,
+    "head_columns": _head_columns,
+    "kv_heads": _kv_heads,
+    "qkv": _qkv,
+}
+"""Kinds of partition that tables name: ``(shape, tp, config fields, "replicate" | "cut")`` → `Split`."""

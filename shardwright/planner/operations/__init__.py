@@ -1,0 +1,29 @@
+"""Layout operations: how a stored tensor is made of hub tensors. One file and one registration each.
+
+An operation is a function ``(parts, fields) -> LazyTensor``: the hub tensors of a row, in the row's order, and the
+canonical config's fields with the layout's (``tp``, ``padded_vocab_size``). It is a bijection of elements up to fill, so
+reading and writing use the same pieces. Rows name operations with literal arguments: ``"transpose"``, ``"pad(0, 128)"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..registry import Registry
+from ..tensor.lazy import LazyTensor
+from .gate_up import gate_up
+from .grouped_qkv import grouped_qkv
+from .pad_vocab import pad_vocab
+from .transpose import transpose
+
+__all__ = ["OPERATIONS", "Operation"]
+
+Operation = Callable[..., LazyTensor]
+"""``(parts: Sequence[LazyTensor], fields: Mapping[str, Any], *literals) -> LazyTensor``"""
+
+OPERATIONS: Registry[Operation] = Registry("operation")
+OPERATIONS.add("gate_up", gate_up)
+OPERATIONS.add("grouped_qkv", grouped_qkv)
+OPERATIONS.add("pad_vocab", pad_vocab)
+OPERATIONS.add("transpose", transpose)
+

@@ -1,0 +1,21 @@
+"""Megatron's fused query, key, value: interleaved by key/value group.
+
+Rule: for each of the G groups its R = heads / G query heads, then its key head, then its value head:
+``cat1(q.view(G, R·D, …), k.view(G, D, …), v.view(G, D, …)).view(G·(R + 2)·D, …)``; biases the same with the last axis
+dropped (source: Megatron-core ``attention.SelfAttention.get_query_key_value_tensors``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..tensor.lazy import LazyTensor, concat
+
+
+def grouped_qkv(parts: Sequence[LazyTensor], fields: Mapping[str, Any]) -> LazyTensor:
+    """``[q, k, v]``, each ``[heads·D, …]``, as one ``[(heads + 2·groups)·D, …]``."""
+    groups = fields["num_key_value_heads"]
+    rest = parts[0].shape[1:]
+    fused = concat([p.reshape(groups, p.shape[0] // groups, *rest) for p in parts], axis=1)
+    return fused.reshape(fused.shape[0] * fused.shape[1], *rest)

@@ -1,0 +1,300 @@
+"""Lowering: bound rows of both sides become programs and bindings.
+
+1. For each hub tensor, who holds it in the source (and which copies repeat it), and which target rows use it.
+2. Choose the *pivot*, the tensor in whose coordinates the two sides meet. By default it is the hub tensor. Where a row
+   joins several hub tensors in runs below 64 KiB (or in chunks that one tile must own), the row's whole tensor is the
+   pivot instead, so that those runs are read or written together: the target's row first, else the source's.
+3. Lower once per distinct (source row, target rows, slots): gather pieces (pivot ← source operands), replicas, padding,
+   the value op, scatter pieces (target operands ← pivot, kept in pivot coordinates), zero regions.
+4. Append a binding row (file numbers and offsets) for every pivot tensor.
+
+The two sides are never composed with each other: raggedness adds, it does not multiply. Boundary: pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...errors import UnsupportedError
+from ..plan import Bindings, Output, Program, ValueOp
+from ..tensor.dtypes import dtype as dtype_of
+from ..tensor.lazy import LazyTensor, invert, leaf
+from ..tensor.pieces import FILL, Piece, align, coalesce, normalise
+from .rows import RowClass, apply_split
+from .sides import Bound, SourceSide, TargetSide
+
+__all__ = ["INTERLEAVE", "Lowered", "lower"]
+
+INTERLEAVE = 64 * 1024
+"""Runs of a fused tensor below this many bytes are moved together with their neighbours."""
+
+Shape = tuple[int, ...]
+Use = tuple[int, int, int]
+"""(target bound, row, slot)"""
+
+
+@dataclass(slots=True)
+class Lowered:
+    """Programs with their bindings, and per program the rows that one tile must own whole."""
+
+    programs: list[Program] = field(default_factory=list)
+    bindings: list[Bindings] = field(default_factory=list)
+    grains: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """One pivot tensor from the operands of one bound row."""
+
+    tensor: LazyTensor
+    replicas: list[tuple[Piece, ...]]
+    padding: list[Piece]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A program while its binding rows are collected."""
+
+    program: Program
+    grain: int
+    names: list[str] = field(default_factory=list)
+    source_file: list[list[int]] = field(default_factory=list)
+    source_offset: list[list[int]] = field(default_factory=list)
+    target_file: list[list[int]] = field(default_factory=list)
+    target_offset: list[list[int]] = field(default_factory=list)
+
+
+def lower(source: SourceSide, target: TargetSide, *, trust_replicas: bool = False) -> Lowered:
+    """Lower both sides.
+
+    Raises
+    ------
+    UnsupportedError
+        One hub tensor would be stored under different value ops at once.
+    """
+    return _Lowering(source, target, trust_replicas).run()
+
+
+class _Lowering:
+    """The state of one lowering."""
+
+    def __init__(self, source: SourceSide, target: TargetSide, trust_replicas: bool) -> None:
+        self.source, self.target, self.trust = source, target, trust_replicas
+        self.drafts: dict[object, _Draft] = {}
+        self.uses: dict[str, list[Use]] = {}
+        for number, row in target.instances:
+            for slot, name in enumerate(target.bounds[number].hub[row]):
+                self.uses.setdefault(name, []).append((number, row, slot))
+        self.joins_target = [_joins(b) for b in target.bounds]
+        self.joins_source = [_joins(b) for b in source.bounds]
+
+    def run(self) -> Lowered:
+        done: set[str] = set()
+        for number, row in self.target.instances:
+            names = self.target.bounds[number].hub[row]
+            if names[0] in done:
+                continue
+            if self.joins_target[number]:
+                self._pivot_target(number, row)
+                done.update(names)
+                continue
+            for name in names:
+                if name not in done:
+                    done.update(self._pivot_source(name) or self._pivot_hub(name))
+        lowered = Lowered()
+        for draft in self.drafts.values():
+            lowered.programs.append(draft.program)
+            lowered.grains.append(draft.grain)
+            columns = (draft.source_file, draft.source_offset, draft.target_file, draft.target_offset)
+            lowered.bindings.append(Bindings(tuple(draft.names), *(np.array(c, dtype=np.int64).reshape(len(draft.names), -1) for c in columns)))
+        return lowered
+
+    def _pivot_hub(self, name: str) -> tuple[str, ...]:
+        """The hub tensor itself is the pivot."""
+        number, row, slot = self.source.holders[name]
+        aliases = [] if self.trust else self.source.aliases.get(name, [])
+        uses = self.uses[name]
+        key = ("hub", number, slot, tuple(a for a, _ in aliases), tuple((b, s) for b, _, s in uses))
+        if key not in self.drafts:
+            self.drafts[key] = self._hub_draft(number, slot, [a for a, _ in aliases], [(b, s) for b, _, s in uses])
+        self._append(self.drafts[key], name, [(number, row), *aliases], [(b, r) for b, r, _ in uses])
+        return (name,)
+
+    def _hub_draft(self, number: int, slot: int, aliases: Sequence[int], uses: Sequence[tuple[int, int]]) -> _Draft:
+        bound = self.source.bounds[number]
+        shape = bound.row.shapes[slot]
+        found = _gather(bound, bound.row.shards, slot, shape, 0)
+        replicas, padding, base = found.replicas, found.padding if slot == 0 else [], _width(bound)
+        for alias in aliases:
+            copy = self.source.bounds[alias]
+            more = _gather(copy, copy.row.shards, 0, shape, base)
+            replicas += [more.tensor.pieces, *more.replicas]
+            padding += more.padding
+            base += _width(copy)
+        shards = [(b, [(j, o.shards, 0 if len(b.outputs) > 1 else s) for j, o in enumerate(b.outputs)]) for b, s in self._bounds_of(uses)]
+        return self._draft(bound.row.hub[slot], bound.dtype, shape, found.tensor, replicas, padding, shards)
+
+    def _bounds_of(self, uses: Sequence[tuple[int, int]]) -> list[tuple[Bound, int]]:
+        return [(self.target.bounds[b], s) for b, s in uses]
+
+    def _pivot_target(self, number: int, row: int) -> None:
+        """The target row's whole tensor is the pivot: its hub tensors are gathered into it."""
+        bound = self.target.bounds[number]
+        held = [self.source.holders[name] for name in bound.hub[row]]
+        order = list(dict.fromkeys((b, r) for b, r, _ in held))
+        members = [(order.index((b, r)), b, s) for b, r, s in held]
+        key = ("target", number, tuple(members))
+        if key not in self.drafts:
+            bases = np.cumsum([0] + [_width(self.source.bounds[b]) for b, _ in order]).tolist()
+            parts = []
+            for position, b, slot in members:
+                holder = self.source.bounds[b]
+                parts.append(_gather(holder, holder.row.shards, slot, holder.row.shapes[slot], bases[position]))
+            whole = bound.row.build([p.tensor for p in parts])
+            depth = max(len(p.replicas) for p in parts)
+            replicas = [bound.row.build([LazyTensor(p.tensor.shape, _nth(p.replicas, i)) for p in parts]).pieces for i in range(depth)]
+            shards = tuple(apply_split(leaf(0, whole.shape), bound.row.split))
+            label = "+".join(bound.row.hub)
+            before = self.source.bounds[held[0][0]].dtype
+            self.drafts[key] = self._draft(label, before, whole.shape, whole, replicas, [], [(bound, [(0, shards, 0)])])
+        self._append(self.drafts[key], "+".join(bound.hub[row]), order, [(number, row)])
+
+    def _pivot_source(self, name: str) -> tuple[str, ...]:
+        """The source row's whole tensor is the pivot, if that row joins tensors in short runs; empty if it does not."""
+        number, row, _ = self.source.holders[name]
+        bound = self.source.bounds[number]
+        names = bound.hub[row]
+        uses = list(dict.fromkeys((b, r) for member in names for b, r, _ in self.uses.get(member, [])))
+        if not self.joins_source[number] or not self._closed(names, uses):
+            return ()
+        slots = tuple((b, tuple(names.index(n) for n in self.target.bounds[b].hub[r])) for b, r in uses)
+        key = ("source", number, slots)
+        if key not in self.drafts:
+            shape = bound.row.whole.shape
+            cuts = tuple(apply_split(leaf(0, shape), bound.row.split))
+            found = _gather(bound, cuts, 0, shape, 0)
+            members = invert(bound.row.whole, 0, bound.row.shapes)
+            shards = []
+            for b, used in slots:
+                to = self.target.bounds[b]
+                shards.append((to, [(0, tuple(apply_split(to.row.build([members[k] for k in used]), to.row.split)), 0)]))
+            self.drafts[key] = self._draft("+".join(bound.row.hub), bound.dtype, shape, found.tensor, found.replicas, [], shards)
+        self._append(self.drafts[key], "+".join(names), [(number, row)], uses)
+        return names
+
+    def _closed(self, names: tuple[str, ...], uses: Sequence[tuple[int, int]]) -> bool:
+        """Whether the uses take only these hub tensors, all of them, under one elementwise op."""
+        bounds = [self.target.bounds[b] for b, _ in uses]
+        inside = all(set(self.target.bounds[b].hub[r]) <= set(names) for b, r in uses)
+        covered = {n for b, r in uses for n in self.target.bounds[b].hub[r]} == set(names)
+        return inside and covered and all(len(b.outputs) == 1 and b.op == bounds[0].op for b in bounds) and not any(self.source.aliases.get(n) for n in names)
+
+    def _draft(
+        self,
+        label: str,
+        dtype: str,
+        shape: Shape,
+        gathered: LazyTensor,
+        replicas: Sequence[tuple[Piece, ...]],
+        padding: Sequence[Piece],
+        uses: Sequence[tuple[Bound, list[tuple[int, tuple[LazyTensor, ...], int]]]],
+    ) -> _Draft:
+        """A program; `uses` are target bounds with ``(output, shards, slot of the pivot in them)``."""
+        first = uses[0][0]
+        if any(b.op != first.op or [o.dtype for o in b.outputs] != [o.dtype for o in first.outputs] for b, _ in uses):
+            raise UnsupportedError("a tensor would be stored under different value ops at once", tensor=label)
+        outputs = []
+        for j, model in enumerate(first.outputs):
+            scatter: list[Piece] = []
+            zeros: list[Piece] = []
+            base = 0
+            for bound, shards in uses:
+                _, cut, slot = shards[j]
+                width = _width(bound)
+                for operand in range(j * width, (j + 1) * width):
+                    shard = cut[(operand - j * width) // bound.outputs[j].split.repeat]
+                    scatter += [_swap(p, base + operand) for p in shard.pieces if p.slot == slot]
+                    zeros += [_region(p, base + operand) for p in shard.pieces if p.slot == FILL and slot == 0]
+                base += width * len(bound.outputs)
+            out_shape = shape if len(first.outputs) == 1 else model.shape
+            outputs.append(Output(model.dtype, out_shape, model.ratio if len(first.outputs) > 1 else (1,) * len(shape), _sorted(scatter), tuple(zeros)))
+        op = None if first.op is None else ValueOp(first.op.name, first.op.kernel, first.op.block if len(first.op.block) == len(shape) else (1,) * len(shape), first.op.scratch)
+        program = Program(label, dtype, shape, gathered.pieces, tuple(() if self.trust else replicas), tuple(padding), op, tuple(outputs), (), False)
+        return _Draft(program, max(b.grain for b, _ in uses))
+
+    def _append(self, draft: _Draft, name: str, sources: Iterable[tuple[int, int]], uses: Iterable[tuple[int, int]]) -> None:
+        draft.names.append(name)
+        draft.source_file.append([f for b, r in sources for f in self.source.bounds[b].files[r]])
+        draft.source_offset.append([o for b, r in sources for o in self.source.bounds[b].offsets[r]])
+        draft.target_file.append([f for b, r in uses for f in self.target.bounds[b].files[r]])
+        draft.target_offset.append([o for b, r in uses for o in self.target.bounds[b].offsets[r]])
+
+
+def _gather(bound: Bound, shards: Sequence[LazyTensor], slot: int, shape: Shape, base: int) -> _Gathered:
+    """Hub (or whole) tensor `slot` of a source row as pieces over operands ``base …``, with its copies and its padding."""
+    repeat = bound.row.split.repeat
+    covers: list[list[Piece]] = [[] for _ in range(repeat)]
+    padding = []
+    for operand in range(len(shards) * repeat):
+        shard = shards[operand // repeat]
+        strides = bound.strides[operand] if bound.strides else None
+        stored = shard.pieces if strides is None else _strided(shard, strides)
+        covers[operand % repeat] += [_swap(p, base + operand) for p in stored if p.slot == slot]
+        padding += [_region(p, base + operand) for p in stored if p.slot == FILL]
+    return _Gathered(LazyTensor(shape, coalesce(covers[0])), [coalesce(c) for c in covers[1:]], padding)
+
+
+def _strided(shard: LazyTensor, strides: Shape) -> list[Piece]:
+    """The shard's pieces with destinations in a storage where the shard is a strided view."""
+    return [
+        Piece(b.slot, sum(c * s for c, s in zip(b.start, strides, strict=True)), b.src_off, tuple((n, m * strides[k], src) for k, n, m, src in b.dims))
+        for piece in shard.pieces
+        for b in align(piece, shard.shape)
+    ]
+
+
+def _swap(piece: Piece, slot: int) -> Piece:
+    """The same copy seen from the other side; `slot` is the operand that now is the source."""
+    return normalise(Piece(slot, piece.src_off, piece.dst_off, tuple((n, s, d) for n, d, s in piece.dims)))
+
+
+def _region(piece: Piece, slot: int) -> Piece:
+    """The destination of a fill piece as a region of operand `slot` (``dst`` strides 0)."""
+    return Piece(slot, 0, piece.dst_off, tuple((n, 0, d) for n, d, _ in piece.dims))
+
+
+def _sorted(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    return tuple(sorted(pieces, key=lambda p: (p.dst_off, p.slot)))
+
+
+def _width(bound: Bound) -> int:
+    """Operands per output: tp ranks."""
+    split = bound.row.split
+    return split.parts * split.repeat
+
+
+def _nth(replicas: Sequence[tuple[Piece, ...]], index: int) -> tuple[Piece, ...]:
+    return replicas[index] if index < len(replicas) else ()
+
+
+def _joins(bound: Bound) -> bool:
+    """Whether the row must be moved whole: several hub tensors in runs below `INTERLEAVE`, or in chunks owned whole."""
+    if len(bound.row.hub) == 1 or len(bound.outputs) > 1:
+        return False
+    return bound.grain > 1 or _shortest_run(bound.row) * dtype_of(bound.dtype).itemsize < INTERLEAVE
+
+
+def _shortest_run(row: RowClass) -> int:
+    """Elements of the shortest contiguous run of one hub tensor in the whole stored tensor."""
+    shortest = row.whole.size
+    for piece in row.whole.pieces:
+        run = 1
+        for extent, dst, src in reversed(piece.dims):
+            if dst != run or src != run:
+                break
+            run *= extent
+        shortest = min(shortest, run)
+    return shortest

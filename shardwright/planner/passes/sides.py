@@ -1,0 +1,303 @@
+"""The two sides of a plan: rows bound to the places where their tensors lie.
+
+* `resolve` looks up every row of an expansion in the units that a format read from headers. What a row needs and the
+  files lack, what the files hold and no row names, and every shape that differs is an error; nothing is guessed.
+* `targets` states what each row of the target stores (dtype after casts, outputs of a scheme), and `place` gives each of
+  those the file and offset that the containers laid out, or that an existing target's headers say.
+
+Rows with equal class, dtype and value op share a `Bound`; programs are lowered per bound class, never per layer.
+Boundary: names, shapes and offsets; no file is opened here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from ...errors import CheckpointError, MissingTensorError, ShapeMismatchError, UnknownTensorError, UnsupportedError
+from ..containers.base import StoredTensor
+from ..layout import Layout, Split
+from ..plan import Dropped, ValueOp
+from ..schemes import Scheme
+from ..tables import Ignore
+from ..tensor.dtypes import dtype as dtype_of
+from ..tensor.lazy import LazyTensor, leaf
+from .rows import Expansion, RowClass, RowInstance, apply_split
+
+__all__ = ["Bound", "SourceSide", "StoredOutput", "TargetSide", "Units", "Wanted", "place", "resolve", "targets"]
+
+Shape = tuple[int, ...]
+Units = Mapping[tuple[int, int], Mapping[str, StoredTensor]]
+"""Stored tensors by name, for each (rank, virtual chunk)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOutput:
+    """What a target row stores: one for a copy or cast, several for a scheme. `shards` are over output slot 0 when the
+    row has a scheme, over hub slots otherwise."""
+
+    suffix: str
+    dtype: str
+    shape: Shape
+    ratio: Shape
+    split: Split
+    shards: tuple[LazyTensor, ...]
+
+
+@dataclass(slots=True)
+class Bound:
+    """Rows of one class with one dtype and op, and where their operands lie.
+
+    Attributes
+    ----------
+    dtype
+        Stored dtype (source side) or the source's dtype that goes in (target side).
+    strides
+        Per operand, where a stored tensor is not row-major.
+    outputs, op
+        Target side only.
+    hub
+        Hub names of each row.
+    files, offsets
+        ``[rows][operands]``; operands are tp ranks (per output).
+    grain
+        Axis-0 rows of the stored tensors that one tile must own whole; 1 when free.
+    """
+
+    row: RowClass
+    dtype: str
+    strides: tuple[Shape | None, ...] = ()
+    outputs: tuple[StoredOutput, ...] = ()
+    op: ValueOp | None = None
+    hub: list[tuple[str, ...]] = field(default_factory=list)
+    files: list[list[int]] = field(default_factory=list)
+    offsets: list[list[int]] = field(default_factory=list)
+    grain: int = 1
+
+
+@dataclass(slots=True)
+class SourceSide:
+    """All source rows. `holders`: hub name → (bound, row, slot); `aliases`: hub name → further (bound, row) copies."""
+
+    bounds: list[Bound] = field(default_factory=list)
+    holders: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    aliases: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    used: list[tuple[int, StoredTensor]] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+
+    def dtype(self, hub: str) -> str:
+        """Stored dtype of a hub tensor."""
+        return self.bounds[self.holders[hub][0]].dtype
+
+
+class Wanted(NamedTuple):
+    """A tensor that the target stores: its bound row and operand, and the rank, chunk, key, dtype and shape."""
+
+    bound: int
+    row: int
+    operand: int
+    rank: int
+    chunk: int
+    name: str
+    dtype: str
+    shape: Shape
+
+
+@dataclass(slots=True)
+class TargetSide:
+    """All target rows, in file order."""
+
+    bounds: list[Bound] = field(default_factory=list)
+    instances: list[tuple[int, int]] = field(default_factory=list)
+    wanted: list[Wanted] = field(default_factory=list)
+
+
+def resolve(
+    expansion: Expansion, layout: Layout, units: Units, file_number: Mapping[str, int], ignore: tuple[Ignore, ...], dialect: str
+) -> SourceSide:
+    """Bind every row of the source to its stored tensors.
+
+    Raises
+    ------
+    MissingTensorError, UnknownTensorError, ShapeMismatchError
+        Name the tensor, the file, expected and actual.
+    """
+    side = SourceSide()
+    seen: dict[tuple[int, str, tuple[Shape | None, ...]], int] = {}
+    taken: dict[tuple[int, int], set[str]] = {key: set() for key in units}
+    ranks = [[layout.rank(tp, pp) for tp in range(layout.tp)] for pp in range(layout.pp)]
+    for instance in expansion.instances:
+        row = expansion.classes[instance.row]
+        stored = _look_up(instance, row, ranks[instance.pp], units, taken)
+        if stored is None:
+            continue
+        key = (instance.row, stored[0].dtype, tuple([s.strides for s in stored]))
+        if key not in seen:
+            seen[key] = len(side.bounds)
+            side.bounds.append(Bound(row, stored[0].dtype, key[2] if any(key[2]) else ()))
+        number = seen[key]
+        bound = side.bounds[number]
+        if row.alias:
+            side.aliases.setdefault(instance.hub[0], []).append((number, len(bound.hub)))
+        else:
+            for slot, name in enumerate(instance.hub):
+                side.holders[name] = (number, len(bound.hub), slot)
+        bound.hub.append(instance.hub)
+        bound.files.append([file_number[s.file] for s in stored])
+        bound.offsets.append([s.offset for s in stored])
+        side.used += zip(ranks[instance.pp], stored, strict=True)
+    _account(units, taken, expansion, ignore, side, dialect)
+    return side
+
+
+def _look_up(
+    instance: RowInstance, row: RowClass, ranks: list[int], units: Units, taken: dict[tuple[int, int], set[str]]
+) -> list[StoredTensor] | None:
+    """The row's tensor on each tp rank, checked; None for an alias that no file holds."""
+    stored: list[StoredTensor] = []
+    for tp, rank in enumerate(ranks):
+        key = (rank, instance.chunk)
+        found = units[key].get(instance.name)
+        if found is None:
+            if row.alias and not stored:
+                return None
+            raise MissingTensorError(
+                "a tensor is missing", tensor=instance.name, file=_file_of(units[key]),
+                expected=f"shape {row.shards[row.shard_of(tp)].shape} on rank {rank}", actual="not there",
+            )  # fmt: skip
+        shape = row.shards[tp // row.split.repeat].shape
+        if found.shape != shape:
+            raise ShapeMismatchError("a tensor's shape is not what the config implies", tensor=found.name, file=found.file, expected=shape, actual=found.shape)
+        if stored and found.dtype != stored[0].dtype:
+            raise ShapeMismatchError("ranks hold one tensor in several dtypes", tensor=found.name, file=found.file, expected=stored[0].dtype, actual=found.dtype)
+        taken[key].add(instance.name)
+        stored.append(found)
+    return stored
+
+
+def _file_of(unit: Mapping[str, StoredTensor]) -> str | None:
+    """The file of a unit, if it is one file."""
+    files = {tensor.file for tensor in unit.values()}
+    return files.pop() if len(files) == 1 else None
+
+
+def _account(
+    units: Units, taken: dict[tuple[int, int], set[str]], expansion: Expansion, ignore: tuple[Ignore, ...], side: SourceSide, dialect: str
+) -> None:
+    """Every stored tensor is used, or dropped for a stated reason, or refused."""
+    for key, unit in units.items():
+        if len(unit) == len(taken[key]):
+            continue
+        for name, tensor in unit.items():
+            if name in taken[key]:
+                continue
+            reason = next((entry.reason for entry in ignore if fnmatchcase(name, entry.pattern)), None)
+            if reason is None:
+                near = difflib.get_close_matches(name, sorted({i.name for i in expansion.instances})[:20_000], n=1)
+                raise UnknownTensorError(
+                    f"no rule of dialect {dialect!r} names this tensor", tensor=name, file=tensor.file, actual=f"{tensor.dtype} {tensor.shape}",
+                    remedy=(f"Nearest rule: {near[0]}. " if near else "") + "Leave it out with --drop PATTERN, or bring a table with --family",
+                )  # fmt: skip
+            side.dropped.append(Dropped(name, reason))
+
+
+def targets(
+    expansion: Expansion, layout: Layout, source: SourceSide, cast: Callable[[str, str], str], scheme: Scheme | None
+) -> TargetSide:
+    """What the target stores.
+
+    Parameters
+    ----------
+    cast
+        ``(hub name, stored dtype) → target dtype``.
+    scheme
+        Quantisation for the tensors it takes, or None.
+    """
+    side = TargetSide()
+    seen: dict[tuple[int, str, str, bool], int] = {}
+    ranks = [[layout.rank(tp, pp) for tp in range(layout.tp)] for pp in range(layout.pp)]
+    for instance in expansion.instances:
+        row = expansion.classes[instance.row]
+        before = source.dtype(instance.hub[0])
+        after = cast(instance.hub[0], before)
+        for name in instance.hub[1:]:
+            if source.dtype(name) != before or cast(name, before) != after:
+                raise UnsupportedError(
+                    "tensors that the target joins have different dtypes", tensor=instance.name,
+                    actual={n: source.dtype(n) for n in instance.hub}, remedy="Cast them with --dtype",
+                )  # fmt: skip
+        taken = scheme is not None and scheme.takes(instance.hub[0], row.shapes[0], after)
+        key = (instance.row, before, after, taken)
+        if key not in seen:
+            seen[key] = len(side.bounds)
+            side.bounds.append(_target_bound(row, before, after, scheme if taken else None))
+        number = seen[key]
+        bound = side.bounds[number]
+        side.instances.append((number, len(bound.hub)))
+        width = layout.tp
+        for k, output in enumerate(bound.outputs):
+            for tp, rank in enumerate(ranks[instance.pp]):
+                shape = output.shards[tp // output.split.repeat].shape
+                side.wanted.append(
+                    Wanted(number, len(bound.hub), k * width + tp, rank, instance.chunk, instance.name + output.suffix, output.dtype, shape)
+                )
+        bound.hub.append(instance.hub)
+        bound.files.append([0] * (width * len(bound.outputs)))
+        bound.offsets.append([0] * (width * len(bound.outputs)))
+    return side
+
+
+def _target_bound(row: RowClass, before: str, after: str, scheme: Scheme | None) -> Bound:
+    ones = (1,) * len(row.whole.shape)
+    if scheme is None:
+        op = None if after == before else ValueOp("cast", "shardwright.executors.kernels:cast", ones, 0)
+        return Bound(row, before, outputs=(StoredOutput("", after, row.whole.shape, ones, row.split, row.shards),), op=op)
+    if row.whole != leaf(0, row.shapes[0]):
+        raise UnsupportedError(
+            f"scheme {scheme.name!r} cannot quantise a fused or padded tensor", tensor=row.label, remedy="Use --dialect huggingface"
+        )
+    if after != before:
+        raise UnsupportedError("a cast and a quantisation of one tensor at once are not offered", tensor=row.label, remedy="Leave out --dtype")
+    outputs = []
+    for out in scheme.outputs(row.label, row.shapes[0], after):
+        whole = leaf(0, out.shape)
+        split = row.split if row.split.axis is None or out.shape[row.split.axis] > 1 else Split(None, 1, row.split.parts * row.split.repeat)
+        outputs.append(StoredOutput(out.name.removeprefix(row.label), out.dtype, out.shape, out.ratio, split, tuple(apply_split(whole, split))))
+    op = ValueOp(scheme.name, scheme.kernel, scheme.block(row.shapes[0]), scheme.scratch())
+    return Bound(row, before, outputs=tuple(outputs), op=op)
+
+
+def place(side: TargetSide, where: Callable[[Wanted], tuple[int, int, int]]) -> None:
+    """Give every wanted tensor its file number, byte offset and grain."""
+    for wanted in side.wanted:
+        file, offset, grain = where(wanted)
+        bound = side.bounds[wanted.bound]
+        bound.files[wanted.row][wanted.operand] = file
+        bound.offsets[wanted.row][wanted.operand] = offset
+        if grain > bound.grain:
+            bound.grain = grain
+
+
+def stored_bytes(tensor: StoredTensor) -> int:
+    """Bytes of a stored tensor's elements."""
+    count = 1
+    for extent in tensor.shape:
+        count *= extent
+    return dtype_of(tensor.dtype).nbytes(count)
+
+
+def check_units(units: Units, layout: Layout, format_name: str) -> None:
+    """Every rank of the layout has its unit.
+
+    Raises
+    ------
+    CheckpointError
+        Names the first missing rank.
+    """
+    for rank in range(layout.ranks):
+        for chunk in range(layout.vpp):
+            if (rank, chunk) not in units:
+                raise CheckpointError(f"a rank of the {format_name} checkpoint is missing", expected=f"{layout.ranks} ranks: {layout.to_json()}", actual=f"no rank {rank}")

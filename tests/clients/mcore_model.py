@@ -1,0 +1,226 @@
+"""One rank of a Megatron checkpoint in the real ``megatron.core`` GPTModel, on CPU.
+
+Runs in the processes that `mcore` forks; nothing here is called from pytest's own process.
+
+1. `prepare` imports Megatron and replaces the few calls that insist on a GPU.
+2. `run_rank` reads this rank's file with ``torch.load``, and builds the model from *the file's own* ``args``, the way
+   Megatron's ``core_transformer_config_from_args`` and ``gpt_builder`` do, so that wrong or missing args fail too.
+3. Tensors are matched strictly: missing, unexpected and misshapen ones are errors.
+4. The forward pass goes chunk by chunk and stage by stage, with plain sends between the stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Mapping
+
+__all__ = ["Request", "prepare", "rank_file", "run_rank"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to run: a checkpoint, the layout it must state, token ids, and the true vocabulary."""
+
+    folder: str
+    tp: int
+    pp: int
+    vpp: int
+    ids: tuple[tuple[int, ...], ...]
+    vocab: int
+
+    @property
+    def world(self) -> int:
+        """Number of ranks; tensor parallel rank is the fastest."""
+        return self.tp * self.pp
+
+
+def prepare() -> None:
+    """Import Megatron and let it run without a GPU."""
+    torch.cuda.current_device = lambda: "cpu"  # Megatron passes it as device=
+    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self
+    torch.nn.Module.cuda = lambda self, *_args, **_kwargs: self
+    from megatron.core.models import gpt  # noqa: F401 - here and not in each forked rank
+    from megatron.core.tensor_parallel import random
+
+    random.CudaRNGStatesTracker.fork = lambda _self, _name=None: contextlib.nullcontext()
+
+
+def rank_file(folder: Path, tp: int, pp: int, *, pp_size: int) -> Path:
+    """Where Megatron looks for a rank's file: the tracker's folder, ``mp_rank_TT`` and ``_PPP`` if there are stages."""
+    step = (folder / "latest_checkpointed_iteration.txt").read_text().strip()
+    iteration = "release" if step == "release" else f"iter_{int(step):07d}"
+    name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if pp_size > 1 else "")
+    return folder / iteration / name / "model_optim_rng.pt"
+
+
+def run_rank(rank: int, request: Request, store: Path) -> torch.Tensor | None:
+    """Be one rank: load, run, and return the logits if this rank is the one that has them.
+
+    Parameters
+    ----------
+    rank
+        Number among ``request.world``.
+    request
+        The run; the same in all ranks.
+    store
+        A file that the ranks find each other through.
+    """
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=request.world)
+    parallel_state.initialize_model_parallel(request.tp, request.pp, request.vpp if request.vpp > 1 else None)
+    tp, pp = rank % request.tp, rank // request.tp
+    saved = torch.load(rank_file(Path(request.folder), tp, pp, pp_size=request.pp), map_location="cpu", weights_only=False)
+    _check_envelope(saved, request)
+    chunks = [_chunk(saved, request, pp, v) for v in range(request.vpp)]
+    with torch.no_grad():
+        logits = _forward(chunks, request, rank)
+    dist.barrier()
+    dist.destroy_process_group()
+    return logits[..., : request.vocab] if logits is not None and tp == 0 else None
+
+
+def _check_envelope(saved: Mapping[str, Any], request: Request) -> None:
+    args = saved["args"]
+    stated = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.virtual_pipeline_model_parallel_size or 1,
+    )
+    _demand(stated == (request.tp, request.pp, request.vpp), f"args state tp, pp, vpp = {stated}")
+    _demand(float(saved["checkpoint_version"]) == 3.0, f"checkpoint_version {saved['checkpoint_version']}")
+    _demand(saved["iteration"] >= 0, "no iteration")
+    models = {key for key in saved if key.startswith("model")}
+    wanted = {"model"} if request.vpp == 1 else {f"model{v}" for v in range(request.vpp)}
+    _demand(models == wanted, f"model keys {sorted(models)}, expected {sorted(wanted)}")
+
+
+def _demand(condition: bool, complaint: str) -> None:
+    if not condition:
+        raise AssertionError(complaint)
+
+
+def _chunk(saved: Mapping[str, Any], request: Request, pp: int, v: int) -> torch.nn.Module:
+    """Build one model chunk and fill it from the file."""
+    first, last = pp == 0 and v == 0, pp == request.pp - 1 and v == request.vpp - 1
+    model = _build(saved["args"], first, last, v if request.vpp > 1 else None)
+    _load(model, saved["model" if request.vpp == 1 else f"model{v}"], saved["args"])
+    return model
+
+
+def _build(args: Namespace, first: bool, last: bool, vp_stage: int | None) -> torch.nn.Module:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    return GPTModel(
+        config=_transformer_config(args),
+        transformer_layer_spec=get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=first,
+        post_process=last,
+        parallel_output=False,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=getattr(args, "use_rope_scaling", False),
+        rope_scaling_factor=getattr(args, "rope_scaling_factor", None) or 8.0,
+        vp_stage=vp_stage,
+    ).eval()
+
+
+def _transformer_config(args: Namespace) -> Any:
+    """Megatron's ``core_transformer_config_from_args``, for what these models use, with every fusion off."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    _demand(args.swiglu, "swiglu is off")
+    return TransformerConfig(
+        **{name: getattr(args, name) for name in _SAME_NAME},
+        num_query_groups=args.num_query_groups if args.group_query_attention else None,
+        layernorm_epsilon=args.norm_epsilon,
+        layernorm_zero_centered_gamma=getattr(args, "apply_layernorm_1p", False),
+        rotary_interleaved=getattr(args, "rotary_interleaved", False),
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        num_layers_in_first_pipeline_stage=getattr(args, "decoder_first_pipeline_num_layers", None),
+        num_layers_in_last_pipeline_stage=getattr(args, "decoder_last_pipeline_num_layers", None),
+        pipeline_model_parallel_layout=getattr(args, "pipeline_model_parallel_layout", None),
+        pipeline_dtype=torch.float32,
+        params_dtype=torch.float32,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+_SAME_NAME = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "normalization",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+)
+
+
+def _load(model: torch.nn.Module, stored: Mapping[str, Any], args: Namespace) -> None:
+    """Copy the stored tensors into the model, all of them and nothing else."""
+    given = {_local_name(name): tensor for name, tensor in stored.items() if not name.endswith("_extra_state")}
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_extra_state")}
+    missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    _demand(not missing and not unexpected, f"missing {missing[:6]}, unexpected {unexpected[:6]}")
+    misshapen = [f"{name} {tuple(given[name].shape)}, not {tuple(wanted[name].shape)}"
+                 for name in wanted if given[name].shape != wanted[name].shape]  # fmt: skip
+    _demand(not misshapen, f"wrong shapes: {misshapen[:6]}")
+    foreign = [f"{name} {tensor.dtype}" for name, tensor in given.items() if tensor.dtype != args.params_dtype]
+    _demand(not foreign, f"args state {args.params_dtype}, stored are {foreign[:6]}")
+    model.load_state_dict({name: tensor.float() for name, tensor in given.items()}, strict=False)
+
+
+def _local_name(name: str) -> str:
+    """Transformer Engine's names for the norms that it fuses into the next linear, as the local spec spells them."""
+    name = re.sub(r"self_attention\.linear_qkv\.layer_norm_(weight|bias)$", r"input_layernorm.\1", name)
+    return re.sub(r"mlp\.linear_fc1\.layer_norm_(weight|bias)$", r"pre_mlp_layernorm.\1", name)
+
+
+def _forward(chunks: list[torch.nn.Module], request: Request, rank: int) -> torch.Tensor | None:
+    """Run every chunk in turn; activations travel ``[length, batch, hidden]`` to the next stage, logits stay."""
+    ids = torch.tensor(request.ids)
+    batch, length = ids.shape
+    positions = torch.arange(length).expand(batch, -1)
+    mask = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)[None, None]
+    pp, out = rank // request.tp, None
+    for v, chunk in enumerate(chunks):
+        if (pp, v) != (0, 0):
+            received = torch.empty(length, batch, chunk.config.hidden_size)
+            dist.recv(received, (rank - request.tp) % request.world)
+            chunk.set_input_tensor(received)
+        out = chunk(input_ids=ids, position_ids=positions, attention_mask=mask)
+        if (pp, v) == (request.pp - 1, request.vpp - 1):
+            return out.float()
+        dist.send(out.contiguous(), (rank + request.tp) % request.world)
+    return None
