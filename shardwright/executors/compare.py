@@ -85,7 +85,7 @@ class CompareFiles:
     ) -> None:
         self.root = Path(root)
         self.files = files
-        self.checksums = Checksums(files)
+        self.checksums = Checksums(dict(enumerate(files)))
         self._tensors = sorted((t for t in tensors if prod(t.shape)), key=lambda t: (t.file, t.offset))
         self._places = [(t.file, t.offset) for t in self._tensors]
         self._found: dict[tuple[int, int], int] = {}

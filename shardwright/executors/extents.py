@@ -7,7 +7,7 @@ lock and joined under it. On a cluster each process exports its extents and the 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from threading import Lock
 
 from ..errors import ContradictionError
@@ -22,11 +22,11 @@ Extent = tuple[int, int, int, int, int]
 
 
 class Checksums:
-    """The checksummed ranges of a set of files."""
+    """The checksummed ranges of a set of files, by number."""
 
-    def __init__(self, files: Sequence[TargetFile]) -> None:
+    def __init__(self, files: Mapping[int, TargetFile]) -> None:
         self._files = files
-        self._starts = {n: [c.offset for c in file.crcs] for n, file in enumerate(files) if file.crcs}
+        self._starts = {n: [c.offset for c in file.crcs] for n, file in files.items() if file.crcs}
         self._locks = {n: Lock() for n in self._starts}
         self._ranges = {n: [RunningCrc(c.offset, c.nbytes) for c in files[n].crcs] for n in self._starts}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,9 +35,11 @@ class SourceFiles:
         Most files kept open.
     """
 
-    def __init__(self, root: str | os.PathLike[str], files: Sequence[SourceFile], *, limit: int | None = None) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], files: Sequence[SourceFile] | Mapping[int, SourceFile], *, limit: int | None = None
+    ) -> None:
         self.root = Path(root)
-        self.files = files
+        self.files = dict(files) if isinstance(files, Mapping) else dict(enumerate(files))
         self._descriptors = Descriptors(self._open, limit)
 
     @contextmanager

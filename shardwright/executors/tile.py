@@ -45,8 +45,8 @@ Place = tuple[int, int]
 _ZEROS = bytes(256 << 10)
 
 
-class Stopped(Exception):  # noqa: N818 -- not an error: another lane has one, or a signal came
-    """The stop flag is set."""
+class Stopped(Exception):
+    """The stop flag is set: no error, but another lane has one, or a signal came."""
 
 
 class Job(NamedTuple):
@@ -130,7 +130,7 @@ class Runner:
             The stop flag was set; the tile is not complete.
         """
         receipt = Receipt()
-        memory = memoryview(buffer)
+        memory = buffer.data
         for job in jobs:
             self._item(job, memory, receipt)
         return receipt

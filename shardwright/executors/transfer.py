@@ -84,7 +84,7 @@ def read_steps(move: Move, staging: int) -> list[ReadStep]:
     run = _run(dims, size)
     if run == nbytes and (not outside or run >= DIRECT_MIN):
         return [ReadStep("direct", dims[:outside], move.file, move.mem, nbytes, (), size)]
-    if VECTOR and run >= VECTOR_MIN and nbytes > run and all(dim[1] for dim in dims):
+    if VECTOR and nbytes > run >= VECTOR_MIN and run > size and all(dim[1] for dim in dims):
         return [ReadStep("vector", dims[:outside], move.file, move.mem, nbytes, (*dims[outside:-1], (1, run, run)), size)]
     return _staged_reads(move, staging)
 

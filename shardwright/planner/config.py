@@ -104,7 +104,7 @@ def _plain_rope(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
         scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
         found = {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta")), "rope_scaling": _scaling(scaling)}
         for key, value in found.items():
-            other = _scaling(raw[key]) if key == "rope_scaling" else raw.get(key)
+            other = _scaling(raw.get(key)) if key == "rope_scaling" else raw.get(key)
             if raw.get(key) is not None and other != value:
                 raise ConfigError(f"rope_parameters and {key} disagree", file=file, expected=value, actual=raw[key])
         plain.update(found)

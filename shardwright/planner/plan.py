@@ -238,6 +238,8 @@ class TensorEntry:
         Number in the plan's file list.
     offset
         Byte offset of its first byte.
+    contiguous
+        False for a strided view of a larger storage.
     """
 
     name: str
@@ -246,6 +248,12 @@ class TensorEntry:
     shape: Shape
     file: int
     offset: int
+    contiguous: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return dtype(self.dtype).nbytes(prod(self.shape))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import enum
 import io
 import os
 import pickle
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,21 +26,13 @@ from hypothesis import strategies as st
 
 from shardwright.errors import ContainerError, Refusal, ShardwrightError, UnsafePickleError, UnsupportedError, UsageError
 from shardwright.executors.checksums import RunningCrc, combine_in_python, crc32, crc32_combine
+from shardwright.planner.containers._zip import Layout, read_directory
 from shardwright.planner.containers.base import ContainerIndex, StoredTensor, TensorSpec, UnitLayout
 from shardwright.planner.containers.torch_zip import Inert, Namespace, TensorRef, TorchDtype, TorchSize, TorchZip
 from shardwright.planner.store import LocalStore
 from shardwright.planner.tensor.dtypes import BY_NAME
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
-
-
-class Mode(enum.Enum):
-    """Stands for a framework's enum; pickled under a module that does not exist here."""
-
-    FAST = 5
-
-
-Mode.__module__ = "megatron.core.transformer.enums"
 
 
 def read(path: Path) -> ContainerIndex:
@@ -231,17 +223,38 @@ def test_header_digest_follows_the_headers(tmp_path: Path) -> None:
     assert len(first.header_digest) == 64
 
 
-def test_many_tensors_in_linear_time(tmp_path: Path) -> None:
-    specs = [TensorSpec(f"layers.{i}.weight", "float16", (3,)) for i in range(70_000)]
+def test_many_tensors_take_linear_time_and_few_reads(tmp_path: Path) -> None:
+    specs = [TensorSpec(f"layers.{i}.weight", "float16", (3,)) for i in range(20_000)]
     unit = TorchZip().lay_out("many.pt", specs)
     path = materialise(tmp_path, unit, specs, {spec.name: i.to_bytes(6, "little") for i, spec in enumerate(specs)})
+
+    class Counting(LocalStore):
+        reads = 0
+
+        def read(self, path: str, offset: int = 0, nbytes: int | None = None) -> bytes:
+            self.reads += 1
+            return super().read(path, offset, nbytes)
+
+    store = Counting(path)
     started = time.perf_counter()
-    index = read(path)
-    assert time.perf_counter() - started < 6
-    assert len(index.tensors) == 70_000
-    assert elements(path, index.tensors["layers.69999.weight"]) == (69_999).to_bytes(6, "little")
-    with zipfile.ZipFile(path) as archive:  # more than 65,535 members: zip64's count
-        assert len(archive.namelist()) == 70_006
+    index = TorchZip().read(store, path.name)
+    assert time.perf_counter() - started < 5
+    assert store.reads < 20
+    assert list(index.tensors) == [spec.name for spec in specs]
+    assert elements(path, index.tensors["layers.19999.weight"]) == (19_999).to_bytes(6, "little")
+
+
+def test_more_members_than_16_bits_count(tmp_path: Path) -> None:
+    layout = Layout("many.zip", "m")
+    offsets = [layout.reserve(f"data/{i}", 0) for i in range(66_000)]
+    with (tmp_path / "many.zip").open("wb") as file:
+        for offset, piece in layout.finish().static:
+            file.seek(offset)
+            file.write(piece)
+    members = read_directory(LocalStore(tmp_path / "many.zip"), "many.zip").members
+    assert [member.offset for member in members.values()] == offsets
+    with zipfile.ZipFile(tmp_path / "many.zip") as archive:
+        assert archive.namelist() == list(members)
 
 
 @pytest.mark.parametrize(
@@ -355,6 +368,22 @@ def test_refuses_compressed_members(tmp_path: Path) -> None:
         read(path)
 
 
+@pytest.mark.parametrize(("at", "value"), [(0, 1), (2, 8)], ids=["encrypted", "deflated"])
+def test_refuses_storages_that_are_not_plain(tmp_path: Path, at: int, value: int) -> None:
+    path = craft(tmp_path / "m.pt", tensor_pickle(), {"m/data/0": bytes(16)})
+    data = bytearray(path.read_bytes())
+    local, central = data.index(b"m/data/0") - 30, data.rindex(b"m/data/0") - 46
+    data[local + 6 + at] = data[central + 8 + at] = value
+    path.write_bytes(data)
+    with pytest.raises(ContainerError, match="'m/data/0' is compressed or encrypted") as caught:
+        read(path)
+    assert caught.value.tensor == "w"
+    data[local + 6 + at] = 0
+    path.write_bytes(data)
+    with pytest.raises(ContainerError, match="local header disagree"):
+        read(path)
+
+
 @pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "m/../../x", "C:x", "m\\..\\x"])
 def test_refuses_names_that_escape(tmp_path: Path, name: str) -> None:
     with pytest.raises(ContainerError, match="leaves the archive"):
@@ -433,7 +462,7 @@ def attacks() -> dict[str, bytes]:
         "numpy.load": Call(np.load, "MARK"),
         "open": Call(open, "MARK", "w"),
         "getattr": Call(getattr, Call(__import__, "os"), "system"),
-        "builtin-getattr": Call(getattr, os, "system") if False else Call(getattr, list, "append"),
+        "builtin-getattr": Call(getattr, list, "append"),
     }
     made = {f"{name}-{protocol}": pickle.dumps({"w": call}, protocol) for name, call in calls.items() for protocol in (2, 4)}
     dotted = b"\x80\x04" + stack_global("os", "path.os.system") + text(mark) + b"\x85R."
@@ -483,7 +512,6 @@ def bombs() -> dict[str, bytes]:
     laughs = b"\x80\x02]q\x00"
     for level in range(40):
         laughs += b"](" + b"h" + bytes([level]) + b"h" + bytes([level]) + b"eq" + bytes([level + 1])
-    tuples = b"\x80\x02)" + b"2\x86" * 60 + b"}" + b"2" + b"N"
     long_value = text("x" * 100_000) + text("latin1") + b"\x86q\x00"
     return {
         "memo-index": b"\x80\x02Nr\xff\xff\xff\xff.",
@@ -492,14 +520,15 @@ def bombs() -> dict[str, bytes]:
         "long4": b"\x80\x02\x8b\xff\xff\xff\x7f.",
         "laughs": laughs + b".",
         "tuple-key": b"\x80\x02})" + b"2\x86" * 60 + b"Ns.",
-        "deep-tuples": b"\x80\x02)" + b"\x85" * 500_000 + b".",
-        "deep-key": b"\x80\x02})" + b"\x85" * 500_000 + b"Ns.",
+        "deep-tuples": b"\x80\x02)" + b"\x85" * 200_000 + b".",
+        "deep-key": b"\x80\x02})" + b"\x85" * 200_000 + b"Ns.",
         "deep-dicts": b"\x80\x02" + b"}N" * 100_000 + b"s" * 99_999 + b".",
         "cycle": b"\x80\x02]q\x00h\x00a.",
         "copies": b"\x80\x02" + long_value + b"0" + b"c_codecs\nencode\nq\x01" + b"(" + b"h\x01h\x00R" * 100_000 + b"l.",
-        "long-prefix": b"\x80\x02}" + text("k" * 1_000_000) + b"}sN." + tuples,
+        "long-prefix": b"\x80\x02}" + text("k" * 1_000_000) + b"}s.",
         "big-key": b"\x80\x02}\x8b" + struct.pack("<I", 100_000) + b"\x7f" * 100_000 + b"Ns.",
         "odd-keys": b"\x80\x02}(" + b"".join(b"J" + struct.pack("<i", i) + b"\x85N" for i in range(5000)) + b"u.",
+        "sets": b"\x80\x04" + b"\x8f" * 1_000_000 + b".",
         "empty": b"",
         "only-stop": b".",
         "no-stop": b"\x80\x02}",
@@ -513,7 +542,7 @@ def test_bombs_are_refused_in_bounded_time(tmp_path: Path, name: str, pickled: b
     if name == "memo-index":  # only a number here: the memo is a dict
         read(path)
     else:
-        with pytest.raises(ContainerError, match="m.pt"):
+        with pytest.raises(ContainerError, match=r"m\.pt"):
             read(path)
     assert time.perf_counter() - started < 3
 
@@ -521,7 +550,7 @@ def test_bombs_are_refused_in_bounded_time(tmp_path: Path, name: str, pickled: b
 def test_a_directory_that_promises_too_much_is_not_believed(tmp_path: Path) -> None:
     path = craft(tmp_path / "m.pt", tensor_pickle(), {"m/data/0": bytes(16)})
     data = bytearray(path.read_bytes())
-    data[-12:-8] = struct.pack("<L", 0xFFFFFF00)
+    data[-10:-6] = struct.pack("<L", 0xFFFFFF00)
     path.write_bytes(data)
     with pytest.raises(ContainerError, match="outside the file"):
         read(path)
@@ -539,7 +568,7 @@ def good_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
 def test_mutated_files_are_refused_or_sound(good_file: Path, edits: list[tuple[float, int]]) -> None:
     data = bytearray(good_file.read_bytes())
@@ -551,8 +580,7 @@ def test_mutated_files_are_refused_or_sound(good_file: Path, edits: list[tuple[f
     path.write_bytes(data)
     try:
         index = read(path)
-    except ShardwrightError as error:
-        assert str(error)
+    except ShardwrightError:
         return
     for tensor in index.tensors.values():
         size = BY_NAME[tensor.dtype].itemsize
@@ -588,7 +616,7 @@ def test_torch_reads_every_dtype(tmp_path: Path) -> None:
     unit = TorchZip().lay_out("model.pt", specs)
     assert all(place.offset % 64 == 0 and place.file == 0 for place in unit.places)
     static = unit.files[0].static
-    assert all(a + len(x) <= b for (a, x), (b, _) in zip(static, static[1:], strict=False))
+    assert all(a + len(x) <= b for (a, x), (b, _) in pairwise(static))
     path = materialise(tmp_path, unit, specs, {name: bytes_of(t) for name, t in tensors.items()})
     assert_torch_reads(path, tensors)
     assert_zip_tools_agree(path)
@@ -628,17 +656,17 @@ def test_torch_reads_a_megatron_tree(tmp_path: Path) -> None:
     path = materialise(
         tmp_path, TorchZip().lay_out("model_optim_rng.pt", specs, objects=tree), specs, {n: bytes_of(t) for n, t in tensors.items()}
     )
-    with torch.serialization.safe_globals([argparse.Namespace, io.BytesIO]):
-        # torch's own restricted loader has no rule for a BytesIO made from contents; the full one reads everything.
-        loaded = torch.load(path, weights_only=False)
+    loaded = torch.load(path, weights_only=False)
     assert loaded["args"] == argparse.Namespace(dtype=torch.bfloat16, inner=argparse.Namespace(), é="ü☃")
     first, second = loaded["model"]["layers"][0], loaded["model"]["layers"][1][0]
     assert type(first) is collections.OrderedDict and first._metadata == {"": {"version": 1}}
     assert first["weight"].data_ptr() == first["tied"].data_ptr() and bytes_of(first["tied"]) == bytes_of(tensors["w"])
     assert bytes_of(second) == bytes_of(tensors["f8"])
     assert loaded["model"]["extra"].getvalue() == b"\x00\xff"
-    for key in ("numbers", "tuples", "plain", "size", "keys"):
-        assert loaded[key] == tree[key] and repr(loaded[key]) == repr(tree[key]).replace("(2, 3)", repr(tree["size"])) or key == "size", key
+    for key in ("tuples", "plain", "keys"):
+        assert repr(loaded[key]) == repr(tree[key])
+    assert loaded["numbers"] == numbers
+    assert loaded["size"] == (2, 3)
     assert type(loaded["size"]) is torch.Size
     assert_zip_tools_agree(path)
     again = read(path).objects

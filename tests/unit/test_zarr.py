@@ -330,11 +330,18 @@ DOCUMENTS: dict[str, tuple[str, Change, type[ShardwrightError], str]] = {
     "inner chunks compressed": ("w", lambda d: shard(d)["codecs"].append({"name": "gzip"}), UnsupportedError, "gzip"),
     "another number of inner chunks": ("w", lambda d: shard(d).update(chunk_shape=[4, 4]), ContainerError, "checksum"),
     "huge shard": ("w", lambda d: (d.update(shape=[2**50, 4]), grid(d, [2**50, 4])), ContainerError, "wrong size"),
+    "huge inner chunk": ("w", lambda d: enlarge(d, [2**60, 4]), ContainerError, "wrong size"),
     "index compressed": ("w", lambda d: shard(d)["index_codecs"].append({"name": "gzip"}), UnsupportedError, "index codecs"),
     "index location": ("w", lambda d: shard(d).update(index_location="middle"), ContainerError, "index_location"),
     "index at the wrong end": ("w", lambda d: shard(d).update(index_location="start"), ContainerError, "checksum"),
     "no index codecs": ("w", lambda d: shard(d).pop("index_codecs"), ContainerError, "not a list"),
 }
+
+
+def enlarge(document: dict[str, Any], shape: list[int]) -> None:
+    document.update(shape=shape, data_type="float64", attributes={})
+    grid(document, shape)
+    shard(document)["chunk_shape"] = shape
 
 
 def grid(document: dict[str, Any], chunk: list[int]) -> None:

@@ -18,7 +18,20 @@ from typing import Any, NoReturn
 from ...errors import UnsafePickleError
 from ._torch_objects import TorchDtype, TorchSize
 
-__all__ = ["STORAGES", "Global", "Malformed", "Ordered", "RawTensor", "Refused", "Stand", "Storage", "StorageType", "find", "key"]
+__all__ = [
+    "STORAGES",
+    "Global",
+    "Malformed",
+    "Ordered",
+    "RawTensor",
+    "Refused",
+    "Stand",
+    "Storage",
+    "StorageType",
+    "find",
+    "key",
+    "rebuild_tensor",
+]
 
 MAX_RANK = 64
 
@@ -105,8 +118,9 @@ def _hashable(value: Any) -> bool:
 def _dims(value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple) or len(value) > MAX_RANK:
         raise Malformed("a tensor's size or stride is not a tuple of dimensions")
-    if not all(type(d) is int and 0 <= d < 1 << 63 for d in value):
-        raise Malformed("a tensor's size or stride is not made of non-negative 63-bit integers")
+    for extent in value:
+        if type(extent) is not int or not 0 <= extent < 1 << 63:
+            raise Malformed("a tensor's size or stride is not made of non-negative 63-bit integers")
     return tuple(value)
 
 
@@ -117,14 +131,14 @@ def _tensor(place: tuple[Any, ...], dtype: str | None, bits: Any) -> RawTensor |
         raise Malformed("a tensor has no storage or no dtype")
     if type(offset) is not int or not 0 <= offset < 1 << 63 or len(shape) != len(strides):
         raise Malformed("a tensor's offset, size and stride do not fit together")
-    if bits is not None and (type(bits) is not dict or any(v is not False for v in bits.values())):
+    if bits is not None and (type(bits) is not dict or len(bits) > 8 or any(v is not False for v in bits.values())):
         return Refused("a tensor with the conjugate or negative bit set")
     if dtype.startswith("q"):
         return Refused(f"a quantised tensor ({dtype})")
     return RawTensor(storage, dtype, offset, shape, strides)
 
 
-def _rebuild_tensor(_: Global, args: tuple[Any, ...]) -> RawTensor | Refused:
+def rebuild_tensor(_: Global, args: tuple[Any, ...]) -> RawTensor | Refused:
     # v1 (storage, offset, size, stride); v2 adds (requires_grad, hooks[, bits]).
     if len(args) not in (4, 6, 7):
         raise Malformed(f"a tensor is rebuilt from {len(args)} arguments")
@@ -282,8 +296,8 @@ _DTYPES = (
 )
 _PLAIN_TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 _BUILDERS: dict[str, Callable[[Global, tuple[Any, ...]], Any]] = {
-    "torch._utils._rebuild_tensor": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor": rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,

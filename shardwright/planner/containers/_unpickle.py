@@ -21,7 +21,7 @@ from itertools import repeat
 from typing import Any
 
 from ...errors import ContainerError, ShardwrightError, UnsafePickleError
-from ._pickle_names import Global, Malformed, Ordered, Stand, Storage, StorageType, find, key
+from ._pickle_names import Global, Malformed, Ordered, Stand, Storage, StorageType, find, key, rebuild_tensor
 
 __all__ = ["MALFORMED", "unpickle"]
 
@@ -35,11 +35,12 @@ MAX_NAME = 1024
 MALFORMED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError, struct.error)
 """What interpreting hostile bytes may raise; callers turn it into `ContainerError`."""
 
+_ALLOWANCE = 1 << 16
 _SIZED = frozenset({str, bytes, bytearray, list, tuple, dict, set, frozenset, Ordered})
 
 
 class _Machine:
-    __slots__ = ("copied", "data", "file", "globals", "marks", "memo", "odd_keys", "pos", "stack")
+    __slots__ = ("data", "file", "globals", "marks", "memo", "odd_keys", "pos", "spent", "stack")
 
     def __init__(self, data: bytes, file: str) -> None:
         self.data = data
@@ -50,7 +51,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.globals: dict[tuple[str, str], Any] = {}
         self.odd_keys = 0
-        self.copied = 0
+        self.spent = 0
 
     def run(self) -> Any:
         data, table = self.data, _TABLE
@@ -71,7 +72,15 @@ class _Machine:
         return part
 
     def number(self, nbytes: int) -> int:
-        return int.from_bytes(self.take(nbytes), "little")
+        # Unchecked, for speed: past the end there is no next opcode either, and `run` finds that.
+        at = self.pos
+        self.pos = at + nbytes
+        return int.from_bytes(self.data[at : at + nbytes], "little")
+
+    def byte(self) -> int:
+        at = self.pos
+        self.pos = at + 1
+        return self.data[at]
 
     def line(self) -> str:
         end = self.data.index(b"\n", self.pos)
@@ -97,11 +106,19 @@ class _Machine:
     def call(self, func: Any, args: Any) -> None:
         if type(func) is not Global or type(args) is not tuple:
             raise Malformed(f"a {type(func).__name__} is called")
-        # A builder may copy its arguments: a long one that is memoised once must not be copied a million times.
-        self.copied += sum(len(a) for a in (args, *args) if type(a) in _SIZED and len(a) > 64)
-        if self.copied > 4 * len(self.data):
-            raise Malformed("the same long values are copied over and over")
+        if args and func.build is not rebuild_tensor:
+            self._charge(args)
         self.stack.append(func.build(func, args))
+
+    def _charge(self, args: tuple[Any, ...]) -> None:
+        # A builder may copy its arguments: a long one that is memoised once must not be copied a million times.
+        self.spend(sum(len(a) for a in (args, *args) if type(a) in _SIZED and len(a) > 64))
+
+    def spend(self, nbytes: int) -> None:
+        """Count memory that a few opcodes can ask for out of proportion to their own length."""
+        self.spent += nbytes
+        if self.spent > 4 * len(self.data) + _ALLOWANCE:
+            raise Malformed("a few bytes ask for much memory, over and over")
 
     def key(self, value: Any) -> Any:
         if type(value) is str:
@@ -208,6 +225,10 @@ def _unsigned(nbytes: int) -> _Handler:
     return lambda m: m.stack.append(m.number(nbytes))
 
 
+def _byte(m: _Machine) -> None:
+    m.stack.append(m.byte())
+
+
 def _text(width: int) -> _Handler:
     return lambda m: m.stack.append(m.take(m.number(width)).decode("utf-8", "surrogatepass"))
 
@@ -224,15 +245,20 @@ def _long(width: int) -> _Handler:
     return lambda m: m.stack.append(int.from_bytes(m.take(m.number(width)), "little", signed=True))
 
 
-def _get(width: int) -> _Handler:
-    return lambda m: m.stack.append(m.memo[m.number(width)])
+def _get(m: _Machine) -> None:
+    m.stack.append(m.memo[m.byte()])
 
 
-def _put(width: int) -> _Handler:
-    def put(m: _Machine) -> None:
-        m.memo[m.number(width)] = m.stack[-1]
+def _long_get(m: _Machine) -> None:
+    m.stack.append(m.memo[m.number(4)])
 
-    return put
+
+def _put(m: _Machine) -> None:
+    m.memo[m.byte()] = m.stack[-1]
+
+
+def _long_put(m: _Machine) -> None:
+    m.memo[m.number(4)] = m.stack[-1]
 
 
 def _memoize(m: _Machine) -> None:
@@ -265,6 +291,11 @@ def _append(m: _Machine) -> None:
 def _set_item(m: _Machine) -> None:
     value = m.stack.pop()
     m.set_items([m.stack.pop(), value])
+
+
+def _empty_set(m: _Machine) -> None:
+    m.spend(216)  # an empty set is by far the largest thing that one opcode makes
+    m.stack.append(set())
 
 
 def _add_items(m: _Machine) -> None:
@@ -319,7 +350,7 @@ _HANDLERS: dict[bytes, _Handler] = {
     pickle.NEWTRUE: _constant(True),
     pickle.NEWFALSE: _constant(False),
     pickle.BININT: lambda m: m.stack.append(int.from_bytes(m.take(4), "little", signed=True)),
-    pickle.BININT1: _unsigned(1),
+    pickle.BININT1: _byte,
     pickle.BININT2: _unsigned(2),
     pickle.LONG1: _long(1),
     pickle.LONG4: _long(4),
@@ -336,7 +367,7 @@ _HANDLERS: dict[bytes, _Handler] = {
     pickle.EMPTY_TUPLE: _constant(()),
     pickle.EMPTY_LIST: lambda m: m.stack.append([]),
     pickle.EMPTY_DICT: lambda m: m.stack.append({}),
-    pickle.EMPTY_SET: lambda m: m.stack.append(set()),
+    pickle.EMPTY_SET: _empty_set,
     pickle.TUPLE: _tuple,
     pickle.TUPLE1: _short_tuple(1),
     pickle.TUPLE2: _short_tuple(2),
@@ -347,10 +378,10 @@ _HANDLERS: dict[bytes, _Handler] = {
     pickle.SETITEMS: lambda m: m.set_items(m.pop_mark()),
     pickle.ADDITEMS: _add_items,
     pickle.FROZENSET: _frozen,
-    pickle.BINGET: _get(1),
-    pickle.LONG_BINGET: _get(4),
-    pickle.BINPUT: _put(1),
-    pickle.LONG_BINPUT: _put(4),
+    pickle.BINGET: _get,
+    pickle.LONG_BINGET: _long_get,
+    pickle.BINPUT: _put,
+    pickle.LONG_BINPUT: _long_put,
     pickle.MEMOIZE: _memoize,
     pickle.GLOBAL: lambda m: m.push_global(m.line(), m.line()),
     pickle.STACK_GLOBAL: _stack_global,

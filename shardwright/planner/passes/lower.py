@@ -26,7 +26,7 @@ from ..tensor.pieces import FILL, Piece, align, coalesce, normalise
 from .rows import RowClass, apply_split
 from .sides import Bound, SourceSide, TargetSide
 
-__all__ = ["INTERLEAVE", "Lowered", "lower"]
+__all__ = ["INTERLEAVE", "Lowered", "gather_row", "lower"]
 
 INTERLEAVE = 64 * 1024
 """Runs of a fused tensor below this many bytes are moved together with their neighbours."""
@@ -126,11 +126,11 @@ class _Lowering:
     def _hub_draft(self, number: int, slot: int, aliases: Sequence[int], uses: Sequence[tuple[int, int]]) -> _Draft:
         bound = self.source.bounds[number]
         shape = bound.row.shapes[slot]
-        found = _gather(bound, bound.row.shards, slot, shape, 0)
+        found = gather_row(bound, bound.row.shards, slot, shape, 0)
         replicas, padding, base = found.replicas, found.padding if slot == 0 else [], _width(bound)
         for alias in aliases:
             copy = self.source.bounds[alias]
-            more = _gather(copy, copy.row.shards, 0, shape, base)
+            more = gather_row(copy, copy.row.shards, 0, shape, base)
             replicas += [more.tensor.pieces, *more.replicas]
             padding += more.padding
             base += _width(copy)
@@ -152,7 +152,7 @@ class _Lowering:
             parts = []
             for position, b, slot in members:
                 holder = self.source.bounds[b]
-                parts.append(_gather(holder, holder.row.shards, slot, holder.row.shapes[slot], bases[position]))
+                parts.append(gather_row(holder, holder.row.shards, slot, holder.row.shapes[slot], bases[position]))
             whole = bound.row.build([p.tensor for p in parts])
             depth = max(len(p.replicas) for p in parts)
             replicas = [bound.row.build([LazyTensor(p.tensor.shape, _nth(p.replicas, i)) for p in parts]).pieces for i in range(depth)]
@@ -175,7 +175,7 @@ class _Lowering:
         if key not in self.drafts:
             shape = bound.row.whole.shape
             cuts = tuple(apply_split(leaf(0, shape), bound.row.split))
-            found = _gather(bound, cuts, 0, shape, 0)
+            found = gather_row(bound, cuts, 0, shape, 0)
             members = invert(bound.row.whole, 0, bound.row.shapes)
             shards = []
             for b, used in slots:
@@ -233,7 +233,7 @@ class _Lowering:
         draft.target_offset.append([o for b, r in uses for o in self.target.bounds[b].offsets[r]])
 
 
-def _gather(bound: Bound, shards: Sequence[LazyTensor], slot: int, shape: Shape, base: int) -> _Gathered:
+def gather_row(bound: Bound, shards: Sequence[LazyTensor], slot: int, shape: Shape, base: int) -> _Gathered:
     """Hub (or whole) tensor `slot` of a source row as pieces over operands ``base …``, with its copies and its padding."""
     repeat = bound.row.split.repeat
     covers: list[list[Piece]] = [[] for _ in range(repeat)]

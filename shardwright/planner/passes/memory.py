@@ -26,7 +26,7 @@ from math import prod
 from typing import NamedTuple
 
 from ...errors import MemoryBoundError, UnsupportedError
-from ..plan import Plan, Program, Tiles
+from ..plan import Output, Plan, Program, Tiles
 from ..tensor.dtypes import dtype
 
 __all__ = [
@@ -127,7 +127,7 @@ def strips(program: Program, lo: Shape, hi: Shape, strip_bytes: int) -> Iterator
     steps, units = _steps(program, extents, strip_bytes), _units(program, extents)
     edges = []
     for a, b, step, unit in zip(lo, hi, steps, units, strict=True):
-        starts = [a, *range(a - a % unit + step, b, step)]
+        starts = [a, *range(a - a % unit + step, b, step)] if step < b - a else [a]
         edges.append(list(zip(starts, [*starts[1:], b], strict=True)))
     for ranges in product(*edges):
         yield tuple(r[0] for r in ranges), tuple(r[1] for r in ranges)
@@ -137,7 +137,7 @@ def _units(program: Program, extents: Shape) -> Shape:
     """Smallest step along each axis: the op's block, or one element."""
     if program.op is None:
         return (1,) * len(extents)
-    return tuple(min(block or extent, extent) for block, extent in zip(program.op.block, extents, strict=True))
+    return tuple(block or extent for block, extent in zip(program.op.block, extents, strict=True))
 
 
 def _steps(program: Program, extents: Shape, strip_bytes: int) -> Shape:
@@ -151,7 +151,7 @@ def _steps(program: Program, extents: Shape, strip_bytes: int) -> Shape:
         fits = room // (prod(steps) // steps[axis])
         if fits >= steps[axis]:
             break
-        steps[axis] = max(units[axis], fits // units[axis] * units[axis])
+        steps[axis] = min(extents[axis], max(units[axis], fits // units[axis] * units[axis]))
         if fits >= units[axis]:
             break
     return tuple(steps)
@@ -169,14 +169,23 @@ def slab(program: Program, strip_bytes: int, largest: int | None = None) -> Slab
     if program.whole:
         elements = prod(program.shape) if largest is None else largest
     else:
-        elements = prod(_steps(program, program.shape, strip_bytes)) if 0 not in program.shape else 0
+        # A box of a tile may be narrower than the pivot and so fill a strip better than the pivot's own rows do.
+        elements = 0 if 0 in program.shape else max(prod(_steps(program, program.shape, strip_bytes)), strip_bytes // size)
+        elements = min(elements, prod(program.shape))
     pivot = _pages(elements * size)
-    outputs, scratch = [], 0
-    if program.op is not None:
-        scratch = _pages(elements * program.op.scratch)
-        for output in program.outputs:
-            outputs.append(_pages(-(-elements // prod(output.ratio)) * itemsize(output.dtype)))
-    return Slab(pivot, _pages(strip_bytes), pivot if program.replicas else 0, tuple(outputs), scratch)
+    compare = pivot if program.replicas else 0
+    if program.op is None:
+        return Slab(pivot, _pages(strip_bytes), compare, (), 0)
+    outputs = tuple(_pages(_output_elements(program, output, elements) * itemsize(output.dtype)) for output in program.outputs)
+    return Slab(pivot, _pages(strip_bytes), compare, outputs, _pages(elements * program.op.scratch))
+
+
+def _output_elements(program: Program, output: Output, elements: int) -> int:
+    """Most output elements that a box of that many pivot elements gives."""
+    if all(n % ratio == 0 for n, ratio in zip(program.shape, output.ratio, strict=True)):
+        return elements // prod(output.ratio)
+    # A narrow box at an uneven end counts a whole block for a few elements.
+    return min(elements, prod(output.shape))
 
 
 def _pages(nbytes: int) -> int:
@@ -195,9 +204,7 @@ def whole_items(programs: Sequence[Program], tiles: Tiles) -> dict[int, int]:
     return found
 
 
-def fit(
-    programs: Sequence[Program], memory_bytes: int, workers: int, plan_bytes: int, largest: Mapping[int, int] | None = None
-) -> Fit:
+def fit(programs: Sequence[Program], memory_bytes: int, workers: int, plan_bytes: int, largest: Mapping[int, int] | None = None) -> Fit:
     """Workers and strips under a bound: the most workers that fit, then the largest strips.
 
     Parameters

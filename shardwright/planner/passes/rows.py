@@ -187,7 +187,8 @@ class _Expander:
                 continue
             self._hold(names, alias)
             cls = self._class(index, row, tuple([self.hub[name] for name in names]), alias)
-            self.instances.append(RowInstance(cls, row.names[self.spec].replace("{layer}", number), names, place.pp, place.chunk))
+            chunk = place.chunk if self.dialect.numbering == "local" else 0  # global numbers need no chunks to tell layers apart
+            self.instances.append(RowInstance(cls, row.names[self.spec].replace("{layer}", number), names, place.pp, chunk))
 
     def _resolve(self, row: Row, layer: str) -> tuple[tuple[str, ...], bool]:
         names = tuple([name.replace("{layer}", layer) for name in row.hub])
@@ -230,8 +231,13 @@ def apply_split(whole: LazyTensor, split: Split) -> list[LazyTensor]:
 
 def _family_rows(family: Family) -> list[Row]:
     """One row per hub tensor, and one per alias: the last pipeline stage needs its copy where it is not the first too."""
-    rows = [Row({"": t.stored}, (t.name,), (), t.split, t.stage, ALWAYS) for t in family.tensors]
     by_name = {t.name: t for t in family.tensors}
-    return rows + [Row({"": a.name}, (a.name,), (), by_name[a.of].split, "last", _SEVERAL_STAGES) for a in family.aliases]
+    rows = [Row({"": t.stored}, (t.name,), _padding(t), t.split, t.stage, ALWAYS) for t in family.tensors]
+    return rows + [Row({"": a.name}, (a.name,), _padding(by_name[a.of]), by_name[a.of].split, "last", _SEVERAL_STAGES) for a in family.aliases]
+
+
+def _padding(tensor: HubTensor) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """Tables over the vocabulary grow where the user asks for padding."""
+    return (("pad_vocab", ()),) if tensor.split == "vocab" else ()
 
 

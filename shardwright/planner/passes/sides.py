@@ -22,12 +22,12 @@ from ..containers.base import StoredTensor
 from ..layout import Layout, Split
 from ..plan import Dropped, ValueOp
 from ..schemes import Scheme
-from ..tables import Ignore
+from ..tables import Dialect, Ignore
 from ..tensor.dtypes import dtype as dtype_of
 from ..tensor.lazy import LazyTensor, leaf
 from .rows import Expansion, RowClass, RowInstance, apply_split
 
-__all__ = ["Bound", "SourceSide", "StoredOutput", "TargetSide", "Units", "Wanted", "place", "resolve", "targets"]
+__all__ = ["Bound", "SourceSide", "StoredOutput", "TargetSide", "Units", "Wanted", "place", "check_units", "resolve", "stored_bytes", "targets"]
 
 Shape = tuple[int, ...]
 Units = Mapping[tuple[int, int], Mapping[str, StoredTensor]]
@@ -205,14 +205,14 @@ def _account(
 
 
 def targets(
-    expansion: Expansion, layout: Layout, source: SourceSide, cast: Callable[[str, str], str], scheme: Scheme | None
+    expansion: Expansion, layout: Layout, source: SourceSide, cast: Callable[[RowInstance, str, str], str], scheme: Scheme | None
 ) -> TargetSide:
     """What the target stores.
 
     Parameters
     ----------
     cast
-        ``(hub name, stored dtype) → target dtype``.
+        ``(row, hub name, stored dtype) → target dtype``.
     scheme
         Quantisation for the tensors it takes, or None.
     """
@@ -222,9 +222,9 @@ def targets(
     for instance in expansion.instances:
         row = expansion.classes[instance.row]
         before = source.dtype(instance.hub[0])
-        after = cast(instance.hub[0], before)
+        after = cast(instance, instance.hub[0], before)
         for name in instance.hub[1:]:
-            if source.dtype(name) != before or cast(name, before) != after:
+            if source.dtype(name) != before or cast(instance, name, before) != after:
                 raise UnsupportedError(
                     "tensors that the target joins have different dtypes", tensor=instance.name,
                     actual={n: source.dtype(n) for n in instance.hub}, remedy="Cast them with --dtype",
@@ -289,15 +289,20 @@ def stored_bytes(tensor: StoredTensor) -> int:
     return dtype_of(tensor.dtype).nbytes(count)
 
 
-def check_units(units: Units, layout: Layout, format_name: str) -> None:
-    """Every rank of the layout has its unit.
+def check_units(units: Units, layout: Layout, dialect: Dialect, format_name: str) -> None:
+    """Every rank of the layout has its unit, and no unit is of another layout.
 
     Raises
     ------
     CheckpointError
         Names the first missing rank.
     """
-    for rank in range(layout.ranks):
-        for chunk in range(layout.vpp):
-            if (rank, chunk) not in units:
-                raise CheckpointError(f"a rank of the {format_name} checkpoint is missing", expected=f"{layout.ranks} ranks: {layout.to_json()}", actual=f"no rank {rank}")
+    chunks = layout.vpp if dialect.numbering == "local" else 1
+    wanted = {(rank, chunk) for rank in range(layout.ranks) for chunk in range(chunks)}
+    axes = ", ".join(f"{axis} {size}" for axis, size in layout.to_json().items() if size not in (None, 1)) or "one rank"
+    for rank, chunk in sorted(wanted ^ set(units)):
+        what = f"rank {rank} {layout.coordinates(rank)}" if rank < layout.ranks else f"rank {rank}"
+        raise CheckpointError(
+            f"the {format_name} checkpoint does not have the ranks of its layout", expected=f"{layout.ranks} ranks ({axes})",
+            actual=f"{what} is {'missing' if (rank, chunk) in wanted else 'too many'}",
+        )  # fmt: skip

@@ -1,0 +1,258 @@
+"""Running a plan on a dask cluster.
+
+1. `Cluster` connects (an address or a client), and checks the workers: those that declare a resource ``bytes`` must all
+   declare at least one slab of it; it is then taken per tile. Where none does, each worker's own arena bounds it.
+2. One task per tile, ``priority=-index``, a window of them at a time. The payload is the tile alone, under 1 MiB; no
+   tensor crosses the wire. Source and target must be visible to every worker under the same paths.
+3. Each result is a receipt that follows the worker's own fsync. Checksums that a container wants are joined here.
+4. The first error, or a signal, cancels what waits and halts what runs; when no worker runs a tile of this run any more
+   the first cause is raised.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+import uuid
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from ..errors import PlanError, RunError, UsageError
+from ..planner.passes.memory import Fit
+from ..planner.plan import Plan, TargetFile
+from . import worker
+from .local import jobs
+from .progress import NullProgress, Progress
+from .stopping import Stop
+from .targets import TargetFiles
+from .tile import Receipt
+
+__all__ = ["PAYLOAD_BYTES", "Cluster", "payload"]
+
+PAYLOAD_BYTES = 1 << 20
+"""Largest payload."""
+RESOURCE = "bytes"
+"""The workers' resource that bounds tiles."""
+_PATIENCE = 10.0
+"""Seconds to wait for a first worker."""
+
+
+class Cluster:
+    """A connection to a dask scheduler.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler's address, or a `distributed.Client` (which stays open).
+
+    Raises
+    ------
+    UsageError
+        No answer, or no workers.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        from distributed import Client
+
+        connect: Any = Client
+        self._own = not isinstance(scheduler, Client)
+        try:
+            self.client: Any = connect(scheduler, set_as_default=False, timeout=_PATIENCE) if self._own else scheduler
+        except (OSError, ValueError) as error:
+            raise UsageError(f"no dask scheduler answers at {scheduler}", remedy="Start one: dask scheduler") from error
+        try:
+            self.client.wait_for_workers(1, timeout=_PATIENCE)
+        except TimeoutError:
+            self.close()
+            raise UsageError("the cluster has no workers", remedy=f"Start some: {_command('SCHEDULER', 1, None)}") from None
+        self.workers = _workers(self.client)
+
+    @property
+    def lanes(self) -> int:
+        """Most threads of one worker."""
+        return max(int(w["nthreads"]) for w in self.workers.values())
+
+    def check(self, fit: Fit) -> dict[str, int]:
+        """The resources that a task takes.
+
+        Raises
+        ------
+        UsageError
+            Some workers declare too few bytes, or none while others do.
+        """
+        declared = {address: w.get("resources", {}).get(RESOURCE) for address, w in self.workers.items()}
+        if all(nbytes is None for nbytes in declared.values()):
+            return {}
+        for address, nbytes in declared.items():
+            if nbytes is None or nbytes < fit.slab_bytes:
+                raise UsageError(
+                    f"worker {address} declares too small a resource {RESOURCE!r}",
+                    expected=fit.slab_bytes,
+                    actual=nbytes,
+                    remedy=f"Start workers with: {_command(self.client.scheduler.address, fit.workers, fit.workers * fit.slab_bytes)}",
+                )
+        return {RESOURCE: fit.slab_bytes}
+
+    def close(self) -> None:
+        """Close the connection, if it is ours."""
+        if self._own:
+            self.client.close()
+
+    def run(self, plan: Plan, targets: TargetFiles, fit: Fit, *, progress: Progress | None = None) -> Receipt:
+        """Run every tile; after it returns or raises no worker writes.
+
+        Raises
+        ------
+        StoppedError
+            A signal came.
+        ShardwrightError
+            The first error of any worker, as it was.
+        """
+        progress = progress or NullProgress()
+        run = _Run(
+            self.client, plan, targets, fit, self.check(fit), progress, window=4 * sum(int(w["nthreads"]) for w in self.workers.values())
+        )
+        progress.start(int(plan.tiles.bytes_written.sum()))
+        try:
+            with run.stop.on_signals():
+                run.drive()
+        finally:
+            progress.stop()
+        run.stop.raise_cause()
+        return run.receipt
+
+
+class _Run:
+    """One run: futures in flight, and what came of them."""
+
+    def __init__(
+        self, client: Any, plan: Plan, targets: TargetFiles, fit: Fit, resources: dict[str, int], progress: Progress, *, window: int
+    ) -> None:
+        self.client = client
+        self.plan = plan
+        self.targets = targets
+        self.fit = fit
+        self.resources = resources
+        self.progress = progress
+        self.window = window
+        self.token = uuid.uuid4().hex
+        self.stop = Stop()
+        self.receipt = Receipt()
+        self._done: SimpleQueue[Any] = SimpleQueue()
+        self._flying: dict[str, Any] = {}
+
+    def drive(self) -> None:
+        """Submit and collect until nothing is left, or the run stops; then no worker runs a tile of it."""
+        tiles = iter(range(len(self.plan.tiles)))
+        try:
+            while not self.stop.is_set():
+                while len(self._flying) < self.window and (tile := next(tiles, None)) is not None:
+                    self._submit(tile)
+                if not self._flying:
+                    break
+                self._collect()
+        except BaseException as error:
+            self.stop.set(error)
+        if self.stop.is_set():
+            self._halt()
+        self._everywhere(worker.close)
+
+    def _submit(self, tile: int) -> None:
+        data = payload(self.plan, tile, self.fit, self.token, str(self.targets.root))
+        future = self.client.submit(
+            worker.run_tile, data, key=f"tile-{self.token}-{tile}", priority=-tile, resources=self.resources or None, pure=False
+        )
+        self._flying[future.key] = future
+        future.add_done_callback(self._done.put)
+
+    def _collect(self) -> None:
+        """One finished future, or nothing within half a second (so that signals are seen)."""
+        try:
+            future = self._done.get(timeout=0.5)
+        except Empty:
+            return
+        self._flying.pop(future.key, None)
+        try:
+            receipt, extents = future.result()
+        except Exception as error:
+            self.stop.set(_cause(error))
+            return
+        self.receipt.add(receipt)
+        self.targets.checksums.absorb(extents)
+        self.progress.advance(receipt.bytes_written)
+
+    def _halt(self) -> None:
+        """Cancel what waits, stop what runs, and wait for it."""
+        self._everywhere(worker.halt)
+        if self._flying:
+            self.client.cancel(list(self._flying.values()), force=True)
+        while any(isinstance(n, int) and n for n in self._everywhere(worker.active).values()):
+            time.sleep(0.05)
+
+    def _everywhere(self, function: Any) -> dict[str, Any]:
+        found: dict[str, Any] = self.client.run(function, self.token, on_error="ignore")
+        return found
+
+
+def _cause(error: Exception) -> BaseException:
+    from distributed import KilledWorker
+
+    if isinstance(error, KilledWorker):
+        return RunError("workers died while they ran a tile", remedy="Give them more memory, or see their logs")
+    return error
+
+
+def payload(plan: Plan, tile: int, fit: Fit, token: str, target_root: str) -> bytes:
+    """A tile for a worker: its jobs and only what they need.
+
+    Raises
+    ------
+    PlanError
+        It is larger than `PAYLOAD_BYTES`.
+    """
+    found = jobs(plan, tile)
+    sources = {number for job in found for number, _ in job.sources}
+    targets = {number for job in found for number, _ in job.targets}
+    data = pickle.dumps(
+        worker.Payload(
+            token,
+            fit.strip_bytes,
+            fit.slab_bytes,
+            fit.workers,
+            os.path.abspath(plan.source_root),
+            os.path.abspath(target_root),
+            {number: plan.source_files[number] for number in sources},
+            {number: _slim(plan.target_files[number]) for number in targets},
+            {job.program: plan.programs[job.program] for job in found},
+            found,
+        ),
+        protocol=pickle.HIGHEST_PROTOCOL,
+    )
+    if len(data) >= PAYLOAD_BYTES:
+        raise PlanError(
+            f"tile {tile} is too large to send to a worker",
+            expected=f"under {PAYLOAD_BYTES} bytes",
+            actual=f"{len(data)} bytes",
+            remedy="Run it on this machine: --scheduler threads",
+        )
+    return data
+
+
+def _slim(file: TargetFile) -> TargetFile:
+    """Without static bytes, which the client has written."""
+    return TargetFile(file.path, file.nbytes, (), file.crcs)
+
+
+def _workers(client: Any) -> dict[str, Any]:
+    try:
+        info = client.scheduler_info(n_workers=-1)
+    except TypeError:  # before dask 2025.4 all of them, always
+        info = client.scheduler_info()
+    found: dict[str, Any] = info["workers"]
+    return found
+
+
+def _command(address: str, threads: int, nbytes: int | None) -> str:
+    resources = "" if nbytes is None else f' --resources "{RESOURCE}={nbytes}"'
+    return f"dask worker {address} --nthreads {threads}{resources}"

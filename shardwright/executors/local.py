@@ -1,0 +1,111 @@
+"""Running a plan on this machine: a dask graph of lane tasks on dask's threaded scheduler.
+
+1. Every lane takes a slab from the arena, then the next tile from one ordered, locked iterator, until the iterator ends
+   or the stop flag is set. (Tiles as independent tasks would run in reverse order and go on after an exception.)
+2. The first error, or a signal, sets the flag; lanes look at it before each tile and between strips. No exception
+   leaves a lane, so the scheduler waits for all of them.
+3. When every lane has returned the scheduler's threads are gone, nothing writes any more, and the *first* cause is
+   raised.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+
+from ..planner.passes.memory import Fit
+from ..planner.plan import Plan
+from .arena import Arena
+from .layouts import Layouts
+from .progress import NullProgress, Progress
+from .sources import SourceFiles
+from .stopping import Stop
+from .targets import Sink
+from .tile import Job, Receipt, Runner, Stopped
+
+__all__ = ["jobs", "run"]
+
+
+def jobs(plan: Plan, tile: int) -> list[Job]:
+    """The items of a tile with the places of their operands."""
+    found = []
+    for program, row, lo, hi in plan.items(tile):
+        bound = plan.bindings[program]
+        sources = tuple(zip(bound.source_file[row].tolist(), bound.source_offset[row].tolist(), strict=True))
+        targets = tuple(zip(bound.target_file[row].tolist(), bound.target_offset[row].tolist(), strict=True))
+        found.append(Job(program, bound.names[row], lo, hi, sources, targets))
+    return found
+
+
+class _Lanes:
+    """What the lanes of one run share."""
+
+    def __init__(self, plan: Plan, runner: Runner, arena: Arena, slab_bytes: int) -> None:
+        self.plan = plan
+        self.runner = runner
+        self.arena = arena
+        self.slab_bytes = slab_bytes
+        self.stop = Stop()
+        self.receipt = Receipt()
+        self._tiles = iter(range(len(plan.tiles)))
+        self._lock = Lock()
+        runner.stopping = self.stop.is_set
+
+    def next_tile(self) -> int | None:
+        """The next tile in plan order; None when there is none or the run stops."""
+        with self._lock:
+            return None if self.stop.is_set() else next(self._tiles, None)
+
+    def lane(self, number: int) -> None:
+        """Run tiles until there are no more; never raises."""
+        try:
+            with self.arena.take(self.slab_bytes) as slab:
+                while (tile := self.next_tile()) is not None:
+                    receipt = self.runner.run(jobs(self.plan, tile), slab)
+                    with self._lock:
+                        self.receipt.add(receipt)
+        except Stopped:
+            return
+        except BaseException as error:
+            self.stop.set(error)
+
+
+def run(plan: Plan, sources: SourceFiles, sink: Sink, fit: Fit, *, progress: Progress | None = None) -> Receipt:
+    """Run every tile of a plan; after it returns or raises nothing reads or writes.
+
+    Parameters
+    ----------
+    fit
+        Workers and strips that fit the memory bound.
+
+    Raises
+    ------
+    StoppedError
+        A signal came (only the main thread can catch one).
+    ShardwrightError
+        The first error, as it was.
+    RunError
+        The first error, if it was one of the system's.
+    """
+    progress = progress or NullProgress()
+    layouts = Layouts(dict(enumerate(plan.programs)), fit.strip_bytes)
+    runner = Runner(layouts, sources, sink, strip_bytes=fit.strip_bytes, advance=progress.advance)
+    workers = max(1, min(fit.workers, len(plan.tiles)))
+    lanes = _Lanes(plan, runner, Arena(workers * fit.slab_bytes), fit.slab_bytes)
+    progress.start(int(plan.tiles.bytes_written.sum()))
+    try:
+        with lanes.stop.on_signals():
+            _schedule(lanes, workers)
+    finally:
+        progress.stop()
+    lanes.stop.raise_cause()
+    return lanes.receipt
+
+
+def _schedule(lanes: _Lanes, workers: int) -> None:
+    import dask.threaded
+
+    graph = {("lane", number): (lanes.lane, number) for number in range(workers)}
+    # A pool of our own: the scheduler keeps the ones that it makes.
+    with ThreadPoolExecutor(workers, thread_name_prefix="lane") as pool:
+        dask.threaded.get(graph, list(graph), pool=pool, num_workers=workers)

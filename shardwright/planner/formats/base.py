@@ -1,0 +1,160 @@
+"""What a format is: how a checkpoint is recognised and opened, and how a target's tensors are filed.
+
+Opening reads headers and small metadata files through a store and returns a `Source`: the four words (dialect, layout,
+container, and the format's own filing), the family and canonical config, and every stored tensor by (rank, virtual
+chunk) and name. Filing takes what the target stores and returns units (one container file or folder each), small files
+of bytes, and files to carry over. Boundary: a format knows no operation and no pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+from ..config import ModelConfig
+from ..containers.base import TensorSpec
+from ..layout import Layout
+from ..passes.sides import Units, Wanted
+from ..plan import Dropped
+from ..schemes import Scheme
+from ..store import Store
+from ..tables import Dialect, Family
+
+__all__ = ["COMPANIONS", "Filing", "Format", "Hints", "Source", "Target", "Unit", "companions"]
+
+COMPANIONS = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "*.tiktoken",
+    "generation_config.json", "preprocessor_config.json", "LICENSE*", "NOTICE*", "README*", "USE_POLICY*",
+)  # fmt: skip
+"""Small files that belong to a model and travel with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What the user adds where a checkpoint does not say: a family, a config.json's content, the true vocabulary size."""
+
+    family: Family | None = None
+    config: Mapping[str, Any] | None = None
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint: headers only.
+
+    Attributes
+    ----------
+    spec
+        Name variant of the dialect (``""`` where it has none).
+    raw_config
+        The model's own config.json, where one is at hand.
+    padded_vocab
+        Rows of the stored embedding where they are padded, else None.
+    units
+        Stored tensors by (rank, virtual chunk) and name.
+    files
+        Every file that is read, with the digest of its header.
+    companions
+        (path in the store, plain name) of small files that travel along.
+    """
+
+    store: Store
+    format: str
+    dialect: Dialect
+    spec: str
+    container: str
+    layout: Layout
+    family: Family
+    config: ModelConfig
+    raw_config: Mapping[str, Any] | None
+    padded_vocab: int | None
+    units: Units
+    files: Mapping[str, str]
+    companions: tuple[tuple[str, str], ...] = ()
+    dropped: tuple[Dropped, ...] = ()
+    warnings: tuple[str, ...] = ()
+    scheme: Scheme | None = None
+    identity: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a format needs to know to file a target.
+
+    Attributes
+    ----------
+    wanted
+        Every stored tensor, in order.
+    dtype
+        Main floating dtype, for configs.
+    config_json
+        The config.json that goes with the target.
+    verbatim
+        Its exact bytes where nothing changed from the source.
+    """
+
+    layout: Layout
+    dialect: Dialect
+    spec: str
+    container: str
+    config: ModelConfig
+    family: Family
+    dtype: str
+    padded_vocab: int | None
+    max_shard_size: int
+    wanted: Sequence[Wanted]
+    config_json: Mapping[str, Any]
+    verbatim: bytes | None
+    companions: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One container file or folder: its path, its tensors as positions in `Target.wanted` with their keys, its objects."""
+
+    path: str
+    members: tuple[int, ...]
+    tensors: tuple[TensorSpec, ...]
+    objects: Mapping[str, Any] | None = None
+    metadata: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Filing:
+    """All files of a target: units, small files, carried files (source path, target path), and warnings."""
+
+    units: tuple[Unit, ...]
+    files: tuple[tuple[str, bytes], ...]
+    copies: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...] = field(default=())
+
+
+class Format(Protocol):
+    """A named preset of dialect, layout, filing and container, with its config and marker files."""
+
+    name: str
+    dialects: tuple[str, ...]
+    containers: tuple[str, ...]
+    ranked: bool
+    """Whether the format can hold more than one rank."""
+
+    def detect(self, store: Store) -> bool:
+        """Whether the store looks like this format."""
+
+    def open(self, store: Store, hints: Hints) -> Source:
+        """Read headers; raise a `Refusal` that names what is wrong."""
+
+    def file(self, target: Target) -> Filing:
+        """Decide files and keys."""
+
+
+def companions(store: Store, folder: str = "") -> tuple[tuple[str, str], ...]:
+    """(path, plain name) of the companion files directly in `folder` (``""`` or ``"hf/"``)."""
+    found = []
+    for path in store.list():
+        name = path.removeprefix(folder)
+        if path.startswith(folder) and "/" not in name and any(fnmatchcase(name, pattern) for pattern in COMPANIONS):
+            found.append((path, name))
+    return tuple(found)

@@ -1,0 +1,82 @@
+"""What several formats share: reading containers in bulk, and settling family and config from what is at hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import CheckpointError, ConfigError
+from ..config import ModelConfig, family_of, from_huggingface
+from ..containers import CONTAINERS
+from ..containers.base import ContainerIndex
+from ..identity import read_object
+from ..store import Store
+from ..tables import FAMILIES, Family
+from .base import Hints, Target
+
+__all__ = ["carried", "config_bytes", "read_unit", "settle"]
+
+
+def read_unit(store: Store, container: str, path: str) -> ContainerIndex:
+    """One container's header."""
+    return CONTAINERS.get(container).read(store, path)
+
+
+def settle(
+    store: Store, hints: Hints, identity: Mapping[str, Any] | None, config_path: str
+) -> tuple[Family, ModelConfig, Mapping[str, Any] | None] | None:
+    """Family, canonical config and config.json: from the user, the checkpoint's own config, or its identity file.
+
+    Returns None where nothing says; the format may then ask its own arguments.
+
+    Raises
+    ------
+    ConfigError
+        The config cannot be read under the family.
+    """
+    raw = hints.config
+    if raw is None and store.exists(config_path):
+        raw = read_object(store, config_path)
+    if raw is not None:
+        family = hints.family or _family(raw, identity, config_path)
+        config = from_huggingface(raw, family, config_path)
+    elif identity is not None:
+        family = hints.family or FAMILIES.get(identity["family"])
+        config = ModelConfig(family.name, _identity_fields(identity, family))
+    else:
+        return None
+    if hints.vocab_size is not None:
+        config = ModelConfig(config.family, {**config.fields, "vocab_size": hints.vocab_size})
+    return family, config, raw
+
+
+def _family(raw: Mapping[str, Any], identity: Mapping[str, Any] | None, file: str) -> Family:
+    """The config's own family; a user's table that the target names comes first, if it is registered."""
+    if identity is not None and identity["family"] in FAMILIES:
+        return FAMILIES.get(identity["family"])
+    return family_of(raw, file)
+
+
+def _identity_fields(identity: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    fields: dict[str, Any] = identity["config"]
+    for rule in family.config:
+        if rule.name not in fields:
+            raise ConfigError(f"shardwright.json has no config field {rule.name!r}", file="shardwright.json")
+    return fields
+
+
+def missing_config(store: Store, what: str) -> CheckpointError:
+    """The refusal of a checkpoint that nothing describes."""
+    return CheckpointError(f"nothing describes the model of this {what} checkpoint", file=store.root, remedy="Give --config config.json (and --family NAME|FILE)")
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """config.json as transformers writes it: indented, keys sorted, a final newline."""
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def carried(target: Target, folder: str) -> tuple[tuple[tuple[str, bytes], ...], tuple[tuple[str, str], ...]]:
+    """(small files, copies) that put config.json and companions into `folder` of the target."""
+    config = target.verbatim if target.verbatim is not None else config_bytes(target.config_json)
+    return ((f"{folder}config.json", config),), tuple((path, f"{folder}{name}") for path, name in target.companions)

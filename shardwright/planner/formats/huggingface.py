@@ -1,0 +1,173 @@
+"""``huggingface``: what ``save_pretrained`` writes, single or sharded.
+
+Opening: ``model.safetensors`` or the files of ``model.safetensors.index.json`` (or ``pytorch_model.bin`` and its index);
+index and headers must agree both ways. A key in two files is a replica if the bytes are equal, else refused. Weight
+files that the index does not name are listed, not read.
+
+Filing: tensors in order into files of at most ``--max-shard-size``; one file has no index (source of names and rule:
+huggingface_hub ``serialization``, transformers ``modeling_utils.save_pretrained``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from ...errors import CheckpointError, UnsupportedError
+from ..containers.base import StoredTensor, TensorSpec
+from ..identity import read_identity, read_object
+from ..layout import Layout
+from ..passes.sides import stored_bytes
+from ..plan import Dropped
+from ..schemes import SCHEMES, Scheme
+from ..store import Store
+from ..tables import DIALECTS
+from ..tensor.dtypes import dtype as dtype_of
+from .base import Filing, Hints, Source, Target, Unit, companions
+from .common import carried, missing_config, read_unit, settle
+
+__all__ = ["HuggingFace"]
+
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)$")
+_COMPARE = 1 << 20
+
+
+class HuggingFace:
+    """See the module."""
+
+    name = "huggingface"
+    dialects: tuple[str, ...] = ("huggingface",)
+    containers: tuple[str, ...] = ("safetensors",)
+    ranked = False
+
+    def detect(self, store: Store) -> bool:
+        names = store.list()
+        return any(_entry(names)) and not any(n.startswith("rank_") for n in names)
+
+    def open(self, store: Store, hints: Hints) -> Source:
+        container, entry, index = _find(store)
+        settled = settle(store, hints, read_identity(store), "config.json")
+        if settled is None:
+            raise missing_config(store, self.name)
+        family, config, raw = settled
+        files: dict[str, str] = {}
+        tensors, dropped = _read(store, container, entry, index, files)
+        if index is not None:
+            files[entry] = hashlib.sha256(store.read(entry)).hexdigest()
+        return Source(
+            store, self.name, DIALECTS.get("huggingface"), "", container, Layout(), family, config, raw, None, {(0, 0): tensors}, files,
+            companions(store), tuple(dropped) + _strays(store, files), (), _scheme(raw), read_identity(store),
+        )  # fmt: skip
+
+    def file(self, target: Target) -> Filing:
+        shards = _shards(target)
+        units, weight_map = [], {}
+        for number, members in enumerate(shards):
+            path = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            tensors = tuple(TensorSpec(target.wanted[i].name, target.wanted[i].dtype, target.wanted[i].shape) for i in members)
+            units.append(Unit(path, members, tensors, metadata={"format": "pt"}))
+            weight_map.update({t.name: path for t in tensors})
+        files, copies = carried(target, "")
+        if len(shards) > 1:
+            total = sum(dtype_of(w.dtype).nbytes(prod(w.shape)) for w in target.wanted)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            files += (("model.safetensors.index.json", (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()),)
+        return Filing(tuple(units), files, copies)
+
+
+def _entry(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The file that says where the weights are: an index or a single weight file, by preference."""
+    known = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+    found = tuple(name for name in known if name in names)
+    return found or tuple(n for n in names if len(names) == 1 and _WEIGHTS.match(n) and not n.endswith("gguf"))
+
+
+def _find(store: Store) -> tuple[str, str, Mapping[str, Any] | None]:
+    """(container, entry file, index or None)."""
+    entry = _entry(store.list())[0]
+    container = "torch" if ".bin" in entry or entry.endswith((".pt", ".pth")) else "safetensors"
+    return container, entry, read_object(store, entry) if entry.endswith(".json") else None
+
+
+def _read(
+    store: Store, container: str, entry: str, index: Mapping[str, Any] | None, files: dict[str, str]
+) -> tuple[dict[str, StoredTensor], list[Dropped]]:
+    """All tensors by name; fills `files` with header digests."""
+    weight_map = None if index is None else _weight_map(index, entry)
+    tensors: dict[str, StoredTensor] = {}
+    dropped: list[Dropped] = []
+    for path in sorted(set(weight_map.values())) if weight_map is not None else [entry]:
+        if not store.exists(path):
+            raise CheckpointError("the index names a file that is not there", file=path, remedy="Download the missing file")
+        found = read_unit(store, container, path)
+        files[path] = found.header_digest
+        for name, tensor in found.tensors.items():
+            if name in tensors:
+                _same(store, tensors[name], tensor)
+                dropped.append(Dropped(f"{path}: {name}", f"an identical copy of the one in {tensors[name].file}"))
+            elif weight_map is not None and name not in weight_map:
+                raise CheckpointError("a file holds a tensor that the index does not name", tensor=name, file=path, remedy="The index is stale: rebuild it")
+            else:
+                tensors[name] = tensor
+    for name, path in (weight_map or {}).items():
+        if name not in tensors or (tensors[name].file != path and not any(d.name == f"{path}: {name}" for d in dropped)):
+            raise CheckpointError("the index names a tensor that its file does not hold", tensor=name, file=path)
+    return tensors, dropped
+
+
+def _weight_map(index: Mapping[str, Any], entry: str) -> dict[str, str]:
+    found = index.get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(path, str) for path in found.values()):
+        raise CheckpointError("the index has no weight_map of names to files", file=entry)
+    return found
+
+
+def _same(store: Store, one: StoredTensor, two: StoredTensor) -> None:
+    """Two files hold one key: equal bytes, or refused."""
+    equal = (one.dtype, one.shape) == (two.dtype, two.shape)
+    size = stored_bytes(one)
+    for at in range(0, size if equal else 0, _COMPARE):
+        step = min(_COMPARE, size - at)
+        if store.read(one.file, one.offset + at, step) != store.read(two.file, two.offset + at, step):
+            equal = False
+            break
+    if not equal:
+        raise CheckpointError(
+            "two files hold one tensor with different content", tensor=one.name, expected=f"the bytes in {one.file}", actual=f"those in {two.file}",
+            remedy="Remove the stale file",
+        )  # fmt: skip
+
+
+def _strays(store: Store, files: Mapping[str, str]) -> tuple[Dropped, ...]:
+    """Weight files in the root that nothing names."""
+    found = [n for n in store.list() if "/" not in n and _WEIGHTS.match(n) and n not in files]
+    return tuple(Dropped(name, "a weight file that the index does not name") for name in found)
+
+
+def _scheme(raw: Mapping[str, Any] | None) -> Scheme | None:
+    """The scheme of the config's ``quantization_config``."""
+    config = (raw or {}).get("quantization_config")
+    if not config:
+        return None
+    for scheme in SCHEMES:
+        if scheme.recognises(config):
+            return scheme
+    raise UnsupportedError("the checkpoint is quantised in a way that no scheme here reads", file="config.json", actual=config.get("quant_method"))
+
+
+def _shards(target: Target) -> list[tuple[int, ...]]:
+    """Positions of `target.wanted` per file: in order, a new file when the next tensor would overfill it."""
+    shards: list[list[int]] = [[]]
+    filled = 0
+    for i, wanted in enumerate(target.wanted):
+        size = dtype_of(wanted.dtype).nbytes(prod(wanted.shape))
+        if shards[-1] and filled + size > target.max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(i)
+        filled += size
+    return [tuple(shard) for shard in shards]

@@ -1,0 +1,160 @@
+"""``ranks``: one file per GPU rank, self-describing.
+
+``rank_00003_tp1_pp1[_ep0].safetensors`` (or a zarr group of that name) beside ``shardwright.json``; config and companions
+in ``hf/``. With Megatron's dialect and a virtual pipeline, keys begin with ``model{chunk}.``, as layers are numbered within
+a chunk. Without ``shardwright.json`` the layout is read off the file names and the dialect off the keys; the config then
+comes from ``hf/config.json`` or the user.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+from ...errors import CheckpointError
+from ..containers import CONTAINERS
+from ..containers.base import StoredTensor, TensorSpec
+from ..identity import FILE_NAME, read_identity
+from ..layout import Layout
+from ..passes.sides import check_units
+from ..store import Store
+from ..tables import DIALECTS, Dialect
+from .base import Filing, Hints, Source, Target, Unit, companions
+from .common import carried, missing_config, read_unit, settle
+
+__all__ = ["Ranks"]
+
+_NAME = re.compile(r"rank_(\d{5,})_tp(\d+)_pp(\d+)(?:_ep(\d+))?(\.safetensors)?$")
+_CHUNK = re.compile(r"model(\d+)\.(.*)$", re.DOTALL)
+
+
+class Ranks:
+    """See the module."""
+
+    name = "ranks"
+    dialects: tuple[str, ...] = ("huggingface", "megatron")
+    containers: tuple[str, ...] = ("safetensors", "zarr")
+    ranked = True
+
+    def detect(self, store: Store) -> bool:
+        return any(_NAME.match(name.split("/")[0]) for name in store.list())
+
+    def open(self, store: Store, hints: Hints) -> Source:
+        identity = read_identity(store)
+        settled = settle(store, hints, identity, "hf/config.json")
+        if settled is None:
+            raise missing_config(store, self.name)
+        family, config, raw = settled
+        paths = _paths(store)
+        container = "safetensors" if all(path.endswith(".safetensors") for path in paths.values()) else "zarr"
+        layout = Layout.from_json(identity["layout"]) if identity else _layout(paths)
+        files: dict[str, str] = {}
+        by_rank = {}
+        for rank, path in sorted(paths.items()):
+            found = read_unit(store, container, path)
+            files.update(dict.fromkeys(_data_files(found.tensors) or [path], found.header_digest))
+            by_rank[rank] = found.tensors
+        dialect = DIALECTS.get(identity["dialect"]) if identity else _dialect(by_rank)
+        units = _units(by_rank, layout, dialect)
+        check_units(units, layout, dialect, self.name)
+        if identity:
+            files[FILE_NAME] = hashlib.sha256(store.read(FILE_NAME)).hexdigest()
+        return Source(
+            store, self.name, dialect, _spec(dialect, by_rank), container, layout, family, config, raw, _vocab(by_rank, dialect, layout, config["vocab_size"]), units, files,
+            companions(store, "hf/"), identity=identity,
+        )  # fmt: skip
+
+    def file(self, target: Target) -> Filing:
+        members: dict[int, list[int]] = {rank: [] for rank in range(target.layout.ranks)}
+        for i, wanted in enumerate(target.wanted):
+            members[wanted.rank].append(i)
+        prefixed = target.layout.vpp > 1 and target.dialect.numbering == "local"
+        suffix = CONTAINERS.get(target.container).suffix
+        units = []
+        for rank, positions in members.items():
+            chosen = [target.wanted[i] for i in positions]
+            tensors = tuple(TensorSpec(f"model{w.chunk}.{w.name}" if prefixed else w.name, w.dtype, w.shape) for w in chosen)
+            units.append(Unit(_stem(target.layout, rank) + suffix, tuple(positions), tensors, metadata={"format": "pt"}))
+        files, copies = carried(target, "hf/")
+        return Filing(tuple(units), files, copies)
+
+
+def _stem(layout: Layout, rank: int) -> str:
+    at = layout.coordinates(rank)
+    return f"rank_{rank:05d}_tp{at['tp']}_pp{at['pp']}" + (f"_ep{at['ep']}" if layout.ep > 1 else "")
+
+
+def _paths(store: Store) -> dict[int, str]:
+    """File or folder of each rank."""
+    found: dict[int, str] = {}
+    for name in dict.fromkeys(path.split("/")[0] for path in store.list()):
+        if match := _NAME.match(name):
+            rank = int(match[1])
+            if found.setdefault(rank, name) != name:
+                raise CheckpointError("two files are of one rank", file=name, expected=found[rank])
+    return found
+
+
+def _layout(paths: Mapping[int, str]) -> Layout:
+    """The layout that the file names say."""
+    at = [match for path in paths.values() if (match := _NAME.match(path))]
+    tp, pp, ep = (max(int(m[k] or 0) for m in at) + 1 for k in (2, 3, 4))
+    layout = Layout(tp=tp, pp=pp, ep=ep)
+    for rank, path in paths.items():
+        if rank >= layout.ranks or not path.startswith(_stem(layout, rank)):
+            raise CheckpointError("a rank's file name contradicts the others", file=path, expected=f"ranks of {layout.to_json()}")
+    return layout
+
+
+def _dialect(by_rank: Mapping[int, Mapping[str, StoredTensor]]) -> Dialect:
+    megatron = any(name.startswith("decoder.") or _CHUNK.match(name) for unit in by_rank.values() for name in unit)
+    return DIALECTS.get("megatron" if megatron else "huggingface")
+
+
+def _spec(dialect: Dialect, by_rank: Mapping[int, Mapping[str, StoredTensor]]) -> str:
+    """The name variant: the one whose fixed names occur most."""
+    return best_spec(dialect, {name for unit in by_rank.values() for name in unit})
+
+
+def best_spec(dialect: Dialect, names: set[str]) -> str:
+    """The spec of a dialect that explains most of the names of layer 0 (of any chunk)."""
+    if not dialect.specs or dialect.rows is None:
+        return ""
+    plain = {match[2] if (match := _CHUNK.match(name)) else name for name in names}
+    return max(dialect.specs, key=lambda spec: sum(row.names[spec].replace("{layer}", "0") in plain for row in dialect.rows or ()))
+
+
+def _units(by_rank: Mapping[int, Mapping[str, StoredTensor]], layout: Layout, dialect: Dialect) -> Mapping[tuple[int, int], Mapping[str, StoredTensor]]:
+    """Tensors by (rank, chunk); chunk prefixes are taken off."""
+    if layout.vpp == 1 or dialect.numbering == "global":
+        return {(rank, 0): unit for rank, unit in by_rank.items()}
+    units: dict[tuple[int, int], dict[str, StoredTensor]] = {(rank, chunk): {} for rank in by_rank for chunk in range(layout.vpp)}
+    for rank, unit in by_rank.items():
+        for name, tensor in unit.items():
+            match = _CHUNK.match(name)
+            if match is None or int(match[1]) >= layout.vpp:
+                raise CheckpointError("a key does not say its virtual pipeline chunk", tensor=name, file=tensor.file, expected="model0. … ")
+            units[rank, int(match[1])][match[2]] = tensor
+    return units
+
+
+def _vocab(by_rank: Mapping[int, Mapping[str, StoredTensor]], dialect: Dialect, layout: Layout, vocab: int) -> int | None:
+    """Rows of the stored embedding over all tp ranks where that is more than the vocabulary."""
+    for row in dialect.rows or ():
+        if ("pad_vocab", ()) in row.layout:
+            for unit in by_rank.values():
+                for name, tensor in unit.items():
+                    if name.endswith(tuple(row.names.values())) and tensor.shape:
+                        return tensor.shape[0] * layout.tp
+    for unit in by_rank.values():
+        table = unit.get("model.embed_tokens.weight")
+        if dialect.rows is None and table is not None and table.shape and table.shape[0] * layout.tp > vocab:
+            return table.shape[0] * layout.tp
+    return None
+
+
+def _data_files(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    return list(dict.fromkeys(tensor.file for tensor in tensors.values()))
+
+

@@ -1,0 +1,234 @@
+"""The proof that a plan is a bijection, up to what it declares.
+
+1. Per program: the gather pieces cover the pivot once; no piece of a replica overlaps another; every read stays inside
+   its source tensor.
+2. Per target tensor: what all programs scatter into it, and the zeros, cover it once. Tensors served by the same
+   (program, operand) pairs are proven once.
+3. Per target file: tensors and static bytes fill it from first to last byte without overlap.
+4. Per pivot tensor: its tile boxes cover it once.
+5. Every source tensor is read, or listed in `dropped`.
+
+Coverage is decided exactly on aligned boxes, which are products of per-axis index sets: two are disjoint if and only if
+they are on some axis. Boundary: reads the plan only; nothing is trusted but the plan's own numbers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from math import prod
+
+import numpy as np
+
+from ...errors import PlanError
+from ..plan import Plan, Program, TensorEntry
+from ..tensor.dtypes import dtype as dtype_of
+from ..tensor.pieces import Box, Piece, align
+
+__all__ = ["check"]
+
+Shape = tuple[int, ...]
+
+
+def check(plan: Plan) -> None:
+    """Prove the plan, or raise.
+
+    Raises
+    ------
+    PlanError
+        Names the program, tensor or file, and what is uncovered or covered twice.
+    """
+    for program in plan.programs:
+        covers(_boxes(program.gather, program.shape, program.label), program.shape, f"gather of {program.label}")
+        for replica in program.replicas:
+            _disjoint(_boxes(replica, program.shape, program.label), f"replica of {program.label}")
+    _check_sources(plan)
+    _check_targets(plan)
+    _check_files(plan)
+    _check_tiles(plan)
+
+
+def covers(boxes: Sequence[Box], shape: Shape, what: str) -> None:
+    """The boxes cover the shape exactly once."""
+    total = sum(prod(d[1] for d in box.dims) for box in boxes)
+    if total != prod(shape):
+        raise PlanError("pieces do not cover their tensor once", tensor=what, expected=f"{prod(shape)} elements", actual=total)
+    _disjoint(boxes, what)
+
+
+def _boxes(pieces: Iterable[Piece], shape: Shape, what: str) -> list[Box]:
+    size = prod(shape)
+    boxes = []
+    for piece in pieces:
+        low = piece.dst_off + sum((n - 1) * min(d, 0) for n, d, _ in piece.dims)
+        high = piece.dst_off + sum((n - 1) * max(d, 0) for n, d, _ in piece.dims)
+        if low < 0 or high >= size:
+            raise PlanError("a piece leaves its tensor", tensor=what, expected=f"elements 0 … {size - 1}", actual=f"{low} … {high}")
+        boxes += align(piece, shape)
+    return boxes
+
+
+def _disjoint(boxes: Sequence[Box], what: str) -> None:
+    """No two boxes share an element: a sweep along axis 0, then per-axis index sets."""
+    active: list[tuple[int, Box]] = []
+    for box in sorted(boxes, key=lambda b: b.start):
+        low = box.start[0] if box.start else 0
+        active = [(end, other) for end, other in active if end >= low]
+        for _, other in active:
+            if all(_meet(box, other, axis) for axis in range(len(box.start))):
+                raise PlanError("two pieces write the same element", tensor=what, actual=f"at {box.start} and {other.start}")
+        active.append((_end(box, 0) if box.start else 0, box))
+
+
+def _end(box: Box, axis: int) -> int:
+    return box.start[axis] + sum((n - 1) * m for k, n, m, _ in box.dims if k == axis)
+
+
+def _meet(one: Box, two: Box, axis: int) -> bool:
+    """Whether the boxes share a coordinate of `axis`."""
+    if _end(one, axis) < two.start[axis] or _end(two, axis) < one.start[axis]:
+        return False
+    return bool(np.isin(_coordinates(one, axis), _coordinates(two, axis)).any())
+
+
+def _coordinates(box: Box, axis: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    found = np.array([box.start[axis]])
+    for k, extent, step, _ in box.dims:
+        if k == axis:
+            found = (found[:, None] + np.arange(extent) * step).ravel()
+    return found
+
+
+def _by_place(tensors: Iterable[TensorEntry]) -> dict[tuple[int, int], TensorEntry]:
+    return {(t.file, t.offset): t for t in tensors if prod(t.shape)}
+
+
+def _check_sources(plan: Plan) -> None:
+    """Reads stay inside source tensors, and every source tensor is read."""
+    entries = _by_place(plan.source_tensors)
+    read: set[tuple[int, int]] = set()
+    proven: set[tuple[int, int, Shape]] = set()
+    for number, (program, bound) in enumerate(zip(plan.programs, plan.bindings, strict=True)):
+        reach = _reach(program)
+        for operand, last in reach.items():
+            for place in zip(bound.source_file[:, operand].tolist(), bound.source_offset[:, operand].tolist(), strict=True):
+                read.add(place)
+                entry = entries.get(place)
+                if entry is None:
+                    raise PlanError("a program reads where no source tensor begins", tensor=program.label, file=plan.source_files[place[0]].path)
+                key = (number, operand, entry.shape)
+                if key not in proven:
+                    proven.add(key)
+                    _inside(program, entry, last)
+    for place, entry in entries.items():
+        if place not in read:
+            raise PlanError("a source tensor is neither read nor dropped", tensor=entry.name, file=plan.source_files[entry.file].path)
+
+
+def _reach(program: Program) -> dict[int, int]:
+    """Per source operand, the highest element that the program reads."""
+    reach: dict[int, int] = {}
+    for piece in [*program.gather, *(p for replica in program.replicas for p in replica), *program.padding]:
+        low = piece.src_off + sum((n - 1) * min(s, 0) for n, _, s in piece.dims)
+        high = piece.src_off + sum((n - 1) * max(s, 0) for n, _, s in piece.dims)
+        if low < 0:
+            raise PlanError("a piece reads before its source tensor", tensor=program.label, actual=low)
+        reach[piece.slot] = max(reach.get(piece.slot, 0), high)
+    return reach
+
+
+def _inside(program: Program, entry: TensorEntry, last: int) -> None:
+    if entry.dtype != program.dtype:
+        raise PlanError("a program reads a source tensor of another dtype", tensor=entry.name, expected=program.dtype, actual=entry.dtype)
+    if last >= prod(entry.shape) and entry.contiguous:
+        raise PlanError("a piece reads past its source tensor", tensor=entry.name, expected=f"< {prod(entry.shape)}", actual=last)
+
+
+def _check_targets(plan: Plan) -> None:
+    """Everything scattered into each target tensor covers it once."""
+    served: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
+    for number, (program, bound) in enumerate(zip(plan.programs, plan.bindings, strict=True)):
+        for k, output in enumerate(program.outputs):
+            for operand in sorted({p.slot for p in (*output.scatter, *output.zeros)}):
+                for place in zip(bound.target_file[:, operand].tolist(), bound.target_offset[:, operand].tolist(), strict=True):
+                    served[place].append((number, k, operand))
+    entries = _by_place(plan.target_tensors)
+    proven: set[tuple[Shape, str, tuple[tuple[int, int, int], ...]]] = set()
+    for place, pairs in served.items():
+        if place not in entries:
+            raise PlanError("a program writes where no target tensor begins", file=plan.target_files[place[0]].path, actual=place[1])
+        entry = entries[place]
+        key = (entry.shape, entry.dtype, tuple(pairs))
+        if key not in proven:
+            proven.add(key)
+            _check_target(plan, entry, pairs)
+    for place, entry in entries.items():
+        if place not in served:
+            raise PlanError("a target tensor is never written", tensor=entry.name, file=plan.target_files[entry.file].path)
+
+
+def _check_target(plan: Plan, entry: TensorEntry, pairs: Sequence[tuple[int, int, int]]) -> None:
+    written = []
+    for number, k, operand in pairs:
+        output = plan.programs[number].outputs[k]
+        if output.dtype != entry.dtype:
+            raise PlanError("a target tensor gets another dtype", tensor=entry.name, expected=entry.dtype, actual=output.dtype)
+        _disjoint_reads(output.scatter, operand, output.shape, entry.name)
+        written += [
+            Piece(operand, p.src_off, p.dst_off, tuple((n, s, d) for n, d, s in p.dims)) for p in (*output.scatter, *output.zeros) if p.slot == operand
+        ]
+    covers(_boxes(written, entry.shape, entry.name), entry.shape, entry.name)
+
+
+def _disjoint_reads(scatter: Sequence[Piece], operand: int, shape: Shape, what: str) -> None:
+    """No pivot element goes to one operand twice, and none lies outside the pivot."""
+    _disjoint(_boxes([p for p in scatter if p.slot == operand], shape, what), what)
+
+
+def _check_files(plan: Plan) -> None:
+    """Static bytes and tensors fill each file without overlap."""
+    extents: list[list[tuple[int, int, str]]] = [[(offset, offset + len(data), "static bytes") for offset, data in f.static] for f in plan.target_files]
+    for t in plan.target_tensors:
+        if prod(t.shape):
+            extents[t.file].append((t.offset, t.offset + dtype_of(t.dtype).nbytes(prod(t.shape)), t.name))
+    for file, found in zip(plan.target_files, extents, strict=True):
+        at = 0
+        for begin, end, what in sorted(found):
+            if begin != at:
+                raise PlanError("a target file has a gap or an overlap", file=file.path, tensor=what, expected=f"next byte {at}", actual=begin)
+            at = end
+        if at != file.nbytes:
+            raise PlanError("a target file is not filled", file=file.path, expected=file.nbytes, actual=at)
+
+
+def _check_tiles(plan: Plan) -> None:
+    """Each pivot tensor's boxes cover it once."""
+    tiles = plan.tiles
+    order = np.lexsort((tiles.lo[:, 1], tiles.lo[:, 0], tiles.row, tiles.program))
+    program, row, lo, hi = (a[order] for a in (tiles.program, tiles.row, tiles.lo, tiles.hi))
+    starts = np.flatnonzero(np.concatenate(([True], (program[1:] != program[:-1]) | (row[1:] != row[:-1])))) if len(order) else np.zeros(0, dtype=np.int64)
+    ends = np.append(starts[1:], len(order))
+    seen = [0] * len(plan.programs)
+    proven: set[tuple[int, bytes]] = set()
+    for begin, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        number = int(program[begin])
+        seen[number] += 1
+        key = (number, lo[begin:end].tobytes() + hi[begin:end].tobytes())
+        if key not in proven:
+            proven.add(key)
+            _check_boxes(plan.programs[number], lo[begin:end].tolist(), hi[begin:end].tolist())
+    for number, bound in enumerate(plan.bindings):
+        if seen[number] != len(bound.names):
+            raise PlanError("pivot tensors without a tile", tensor=plan.programs[number].label, expected=len(bound.names), actual=seen[number])
+
+
+def _check_boxes(program: Program, lo: list[list[int]], hi: list[list[int]]) -> None:
+    shape = tuple(program.shape[axis] for axis in program.cut)
+    boxes = []
+    for low, high in zip(lo, hi, strict=True):
+        start = tuple(low[: len(shape)])
+        dims = tuple((k, b - a, 1, 0) for k, (a, b) in enumerate(zip(low, high, strict=True)) if k < len(shape) and b - a != 1)
+        boxes.append(Box(0, start, 0, dims))
+    covers(boxes, shape, f"tiles of {program.label}")
+
+
