@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .executors.execute import Outcome
     from .executors.progress import Progress
 
-__all__ = ["Checkpoint", "Conversion", "Tensor", "Verification", "convert", "load_plan", "open", "plan", "register", "verify"]
+__all__ = ["Checkpoint", "Conversion", "Tensor", "Verification", "convert", "find_family", "load_plan", "open", "parse_size", "plan", "register", "verify"]
 
 Shape = tuple[int, ...]
 PathLike = str | os.PathLike[str]
@@ -71,10 +71,10 @@ def open(
     Refusal
         It is no checkpoint, or not a whole one; names the file, the tensor, expected and actual.
     """
-    return Checkpoint(open_source(LocalStore(path), Hints(_family(family), _config(config), vocab_size)))
+    return Checkpoint(open_source(LocalStore(path), Hints(find_family(family), _config(config), vocab_size)))
 
 
-def _family(family: str | Family | PathLike | None) -> Family | None:
+def find_family(family: str | Family | PathLike | None) -> Family | None:
     if family is None or isinstance(family, Family):
         return family
     text = os.fspath(family)
@@ -525,10 +525,10 @@ def register(*, family: PathLike | None = None, dialect: PathLike | None = None,
         ``format=``, ``container=``, ``scheme=``: an object with the protocol's members.
     """
     if family is not None:
-        table = load_family(family)
+        table = load_family(Path(family))
         FAMILIES.add(table.name, table)
     if dialect is not None:
-        words = load_dialect(dialect)
+        words = load_dialect(Path(dialect))
         DIALECTS.add(words.name, words)
     if operation is not None:
         OPERATIONS.add(operation.__name__, operation)

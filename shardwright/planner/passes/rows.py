@@ -159,7 +159,7 @@ class _Expander:
         self.held: set[str] = set()
 
     def run(self) -> Expansion:
-        rows = list(enumerate(self.dialect.rows if self.dialect.rows is not None else _family_rows(self.family)))
+        rows = list(enumerate(self.dialect.rows if self.dialect.rows is not None else _family_rows(self.family, self.aliases)))
         last = Place(self.layout.pp - 1, self.layout.vpp - 1, 0)
         self._stage([(i, r) for i, r in rows if r.stage == "first"], -1, Place(0, 0, 0))
         layer_rows = [(i, r) for i, r in rows if r.stage == "layer"]
@@ -229,11 +229,11 @@ def apply_split(whole: LazyTensor, split: Split) -> list[LazyTensor]:
     return [whole] if split.axis is None or split.parts == 1 else whole.chunk(split.axis, split.parts)
 
 
-def _family_rows(family: Family) -> list[Row]:
+def _family_rows(family: Family, aliases: Mapping[str, str]) -> list[Row]:
     """One row per hub tensor, and one per alias: the last pipeline stage needs its copy where it is not the first too."""
     by_name = {t.name: t for t in family.tensors}
-    rows = [Row({"": t.stored}, (t.name,), _padding(t), t.split, t.stage, ALWAYS) for t in family.tensors]
-    return rows + [Row({"": a.name}, (a.name,), _padding(by_name[a.of]), by_name[a.of].split, "last", _SEVERAL_STAGES) for a in family.aliases]
+    rows = [Row({"": t.stored}, (t.name,), _padding(t), t.split, t.stage, ALWAYS) for t in family.tensors if t.name not in aliases]
+    return rows + [Row({"": name}, (name,), _padding(by_name[of]), by_name[of].split, "last", _SEVERAL_STAGES) for name, of in aliases.items()]
 
 
 def _padding(tensor: HubTensor) -> tuple[tuple[str, tuple[Any, ...]], ...]:

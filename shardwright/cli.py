@@ -1,0 +1,431 @@
+"""The command line: thin. Parse, call the API, render.
+
+Exit codes are the errors' own: 0 done, 1 a bug, 2 usage, 3 refused, 4 the data contradicts the plan, 5 failed or
+stopped while running. With ``--json`` standard output holds one object, also for a refusal; everything else goes to
+standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import rich_click as click
+from click.exceptions import Exit
+
+from .errors import ShardwrightError, UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from .api import Checkpoint, Conversion
+    from .executors.execute import Outcome
+
+__all__ = ["main"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def wrap(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return wrap
+
+
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+_source = _options(
+    click.option("--family", metavar="NAME|FILE", help="Model family, or a family table of your own."),
+    click.option("--config", "config", metavar="FILE", type=click.Path(dir_okay=False), help="config.json, where the source has none."),
+    click.option("--vocab-size", type=click.IntRange(1), help="True vocabulary size, where only a padded one is stored."),
+)
+_bounds = _options(
+    click.option("--memory", metavar="SIZE", help="Memory bound, e.g. 1GiB. Default: a quarter of what is free, at most 2 GiB."),
+    click.option("--workers", type=click.IntRange(1), help="Lanes that run at once. Default: cores, at most 8."),
+)
+_target = _options(
+    click.option("--to", metavar="FORMAT", help="Target format."),
+    click.option("--tp", type=click.IntRange(1), default=1, help="Tensor parallel size."),
+    click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline parallel size."),
+    click.option("--vpp", type=click.IntRange(1), default=1, help="Model chunks per pipeline stage."),
+    click.option("--pp-layers", metavar="LIST", help="Layers of each stage (chunk), e.g. 10,11,11."),
+    click.option("--layout", "layout_file", metavar="FILE", type=click.Path(exists=True, dir_okay=False), help="Layout as a JSON file."),
+    click.option("--dialect", metavar="D", help="Names and fusion of the target's tensors."),
+    click.option("--container", metavar="C", help="Container of the target's files."),
+    click.option("--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest Hugging Face file."),
+    click.option("--dtype", metavar="D", help="Cast floating tensors, e.g. bfloat16."),
+    click.option("--quantize", metavar="S", help="Quantisation scheme, e.g. int8."),
+    click.option("--pad-vocab-to", type=click.IntRange(1), metavar="M", help="Pad the vocabulary to a multiple of M."),
+    click.option("--megatron-spec", type=click.Choice(["te", "local"]), help="Megatron layer spec whose names are written (default te)."),
+    click.option("--trust-replicas", is_flag=True, help="Do not read and compare copies."),
+    click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out stored tensors of that name."),
+    _source,
+    _bounds,
+)
+
+
+class _Root(click.RichGroup):
+    """The command group, with errors turned into exit codes."""
+
+    def main(self, args: Any = None, **_: Any) -> Any:  # type: ignore[override]
+        words = list(sys.argv[1:] if args is None else args)
+        wants_json = "--json" in words
+        try:
+            super().main(args=words, prog_name="shardwright", standalone_mode=False)
+        except ShardwrightError as error:
+            _fail(error, type(error).__name__, str(error), wants_json, error.exit_code)
+        except click.ClickException as error:
+            _fail(error, "UsageError", error.format_message(), wants_json, 2)
+        except Exit as stop:
+            sys.exit(stop.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            _say("[red]stopped[/red]")
+            sys.exit(5)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(1)
+        sys.exit(0)
+
+
+def _fail(error: BaseException, kind: str, text: str, wants_json: bool, code: int) -> None:
+    if wants_json:
+        fields = {k: v for k, v in vars(error).items() if k in ("file", "tensor", "expected", "actual", "remedy") and v is not None}
+        _print({"error": {"type": kind, "message": text, **fields}})
+    from rich.markup import escape
+
+    _say(f"[bold red]{kind}[/bold red] {escape(text)}")
+    sys.exit(code)
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+
+
+def _print(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, default=str) + "\n")
+
+
+@click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="shardwright")
+def main() -> None:
+    """Convert model checkpoints between frameworks and parallel layouts: planned, bounded, proven.
+
+    A conversion is decided on paper first (`plan`), from headers alone, and then moves every byte once (`convert`).
+    """
+
+
+@main.command()
+@click.argument("src", type=click.Path())
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@_source
+@_as_json
+def inspect(src: str, tensors: bool, as_json: bool, **hints: Any) -> None:
+    """Say what a checkpoint is: format, family, layout, config, bytes."""
+    checkpoint = _open(src, hints)
+    source = checkpoint.source
+    found: dict[str, Any] = {
+        "path": checkpoint.path,
+        "format": checkpoint.format,
+        "dialect": source.dialect.name,
+        "container": source.container,
+        "layout": checkpoint.layout.to_json(),
+        "family": checkpoint.family,
+        "config": dict(checkpoint.config.fields),
+        "tensors": sum(len(unit) for unit in source.units.values()),
+        "files": len(source.files),
+        "bytes": checkpoint.nbytes,
+        "dtypes": _dtypes(checkpoint),
+        "padded_vocab": source.padded_vocab,
+        "quantization": source.scheme.name if source.scheme else None,
+        "dropped": [{"name": d.name, "reason": d.reason} for d in source.dropped],
+        "warnings": list(source.warnings),
+    }
+    if source.scheme is None:
+        from .planner.passes.build import read_side
+
+        found["dropped"] += [{"name": d.name, "reason": d.reason} for d in read_side(source).dropped]
+    if tensors:
+        listed = [(rank, chunk, t) for (rank, chunk), unit in source.units.items() for t in unit.values()]
+        found["stored"] = [{"name": t.name, "rank": rank, "chunk": chunk, "dtype": t.dtype, "shape": list(t.shape), "file": t.file} for rank, chunk, t in listed]
+    if as_json:
+        _print(found)
+        return
+    from .render import show_checkpoint
+
+    show_checkpoint(found)
+
+
+def _dtypes(checkpoint: Checkpoint) -> dict[str, int]:
+    from .planner.passes.sides import stored_bytes
+
+    sizes: dict[str, int] = {}
+    for unit in checkpoint.source.units.values():
+        for tensor in unit.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + stored_bytes(tensor)
+    return sizes
+
+
+@main.command()
+@click.argument("src", type=click.Path())
+@click.argument("out", type=click.Path(), required=False)
+@_target
+@click.option("--html", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Write the plan as one static page.")
+@click.option("--save", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Save the plan for convert --plan.")
+@_as_json
+def plan(src: str, out: str | None, html: str | None, save: str | None, as_json: bool, **options: Any) -> None:
+    """Decide a conversion on paper and show what it costs; nothing is written."""
+    job = _job(src, out, options)
+    summary = job.summary()
+    if html:
+        job.visualize(html)
+    if save:
+        job.save(save)
+    if as_json:
+        _print(summary)
+        return
+    from .render import show_plan
+
+    show_plan(summary, job.memory)
+    for path in filter(None, (html, save)):
+        _say(f"wrote {path}")
+
+
+@main.command()
+@click.argument("src", type=click.Path(), required=False)
+@click.argument("out", type=click.Path(), required=False)
+@_target
+@click.option("--plan", "plan_file", metavar="FILE", type=click.Path(dir_okay=False), help="Run a saved plan.")
+@click.option("--scheduler", default="threads", show_default=True, metavar="threads|ADDRESS", help="Where to run.")
+@click.option("--overwrite", is_flag=True, help="Replace a finished target.")
+@click.option("--verify", "then_verify", is_flag=True, help="Verify the target against the source afterwards.")
+@_as_json
+def convert(
+    src: str | None, out: str | None, plan_file: str | None, scheduler: str, overwrite: bool, then_verify: bool, as_json: bool, **options: Any
+) -> None:
+    """Convert a checkpoint: plan, check, move every byte once, publish whole or not at all."""
+    job = _saved(src, plan_file, options) if plan_file else _job(_need(src, "SRC"), _need(out, "OUT"), options)
+    summary = job.summary()
+    if not as_json:
+        from .render import show_plan
+
+        show_plan(summary, job.memory)
+    if job.is_done() and not overwrite:
+        _say(f"[green]done already[/green] {job.out} was made by this very plan")
+        outcome = None
+    else:
+        from .executors.progress import StderrProgress
+
+        outcome = job.execute(scheduler=scheduler, overwrite=overwrite, progress=StderrProgress())
+    _finish(job, summary, outcome, then_verify, as_json)
+
+
+def _finish(job: Conversion, summary: dict[str, Any], outcome: Outcome | None, then_verify: bool, as_json: bool) -> None:
+    seconds = outcome.seconds if outcome else 0.0
+    notes = [f"padding of {name}: {held}" for name, held in outcome.padding.items()] if outcome else []
+    summary["warnings"] += [*notes, *(outcome.notes if outcome else ())]
+    result = {
+        **summary,
+        "seconds": seconds,
+        "bytes_per_second": summary["bytes_written"] / seconds if seconds else 0.0,
+        "peak_rss_bytes": outcome.peak_rss_bytes if outcome else 0,
+        "tiles_resumed": 0,
+    }
+    if then_verify:
+        from .api import verify as verify_target
+
+        assert job.out is not None
+        checked = verify_target(job.out, job.plan.source_root, memory=job.memory, workers=job.workers)
+        result["verified"] = {"level": checked.level, "tensors": checked.tensors, "equal": checked.equal}
+        if not checked.ok:
+            raise VerificationError("the target differs from the source", file=job.out, actual=[*checked.different, *checked.missing, *checked.extra][:5])
+    if as_json:
+        _print(result)
+        return
+    for note in notes:
+        _say(note)
+    if outcome:
+        from .render import rate
+
+        _say(f"[green]done[/green] {job.out} in {seconds:.1f} s, {rate(summary['bytes_written'], seconds)}" + (", verified" if then_verify else ""))
+
+
+def _saved(src: str | None, plan_file: str, options: dict[str, Any]) -> Conversion:
+    from .api import load_plan, parse_size
+
+    if src is not None:
+        raise UsageError("a saved plan has its own source and target", remedy="Give --plan alone")
+    job = load_plan(plan_file)
+    if options["memory"] is not None:
+        job.memory = parse_size(options["memory"])
+    if options["workers"] is not None:
+        job.workers = options["workers"]
+    return job
+
+
+@main.command()
+@click.argument("out", type=click.Path())
+@click.argument("src", type=click.Path(), required=False)
+@_bounds
+@_as_json
+def verify(out: str, src: str | None, memory: str | None, workers: int | None, as_json: bool) -> None:
+    """Open OUT as a stranger would; with SRC, recompute and compare every tensor."""
+    from .api import verify as verify_target
+    from .executors.progress import StderrProgress
+
+    found = verify_target(out, src, memory=memory, workers=workers, progress=StderrProgress())
+    if as_json:
+        _print(
+            {"level": found.level, "tensors": found.tensors, "equal": found.equal, "different": list(found.different),
+             "missing": list(found.missing), "extra": list(found.extra)}
+        )  # fmt: skip
+    if not found.ok:
+        for what, names in (("different", found.different), ("missing", found.missing), ("extra", found.extra)):
+            for name in names[:20]:
+                _say(f"[red]{what}[/red] {name}")
+            if len(names) > 20:
+                _say(f"[red]{what}[/red] … {len(names) - 20} more")
+        if not as_json:
+            raise VerificationError(f"{len(found.different) + len(found.missing) + len(found.extra)} of {found.tensors} tensors differ", file=out)
+        sys.exit(4)
+    if not as_json:
+        what = "every byte equals what the source gives" if found.level == "values" else "names, dtypes and shapes fit (give SRC to compare values)"
+        _say(f"[green]verified[/green] {found.tensors} tensors: {what}")
+
+
+@main.command()
+@click.argument("src", type=click.Path())
+@click.argument("tensor")
+@_target
+def explain(src: str, tensor: str, **options: Any) -> None:
+    """Say how one tensor (stored, hub or target name) is made."""
+    click.echo(_job(src, None, options).explain(tensor))
+
+
+@main.command()
+@click.argument("config", type=click.Path(exists=True))
+@click.argument("out", type=click.Path())
+@click.option("--sparse", is_flag=True, help="Headers and holes only: enough to plan.")
+@click.option("--dtype", help="Of every tensor. Default: the config's, else bfloat16.")
+@click.option("--family", metavar="NAME|FILE", help="Model family, or a family table of your own.")
+@click.option("--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest file.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def synth(config: str, out: str, sparse: bool, dtype: str | None, family: str | None, max_shard_size: str, seed: int) -> None:
+    """Make a checkpoint of the right shapes from a config.json: random, or sparse."""
+    from .api import find_family, parse_size
+    from .synth import synth as make
+
+    made = make(config, out, sparse=sparse, dtype=dtype, family=find_family(family), max_shard_size=parse_size(max_shard_size), seed=seed)
+    _say(f"wrote {made}")
+
+
+@main.command()
+@_as_json
+def formats(as_json: bool) -> None:
+    """List formats, with their dialects and containers."""
+    from .planner.formats import FORMATS
+
+    found = {f.name: {"dialects": list(f.dialects), "containers": list(f.containers), "ranks": f.ranked} for f in FORMATS}
+    _listing(found, as_json)
+
+
+@main.command()
+@_as_json
+def families(as_json: bool) -> None:
+    """List model families."""
+    from .planner.tables import FAMILIES
+
+    found = {f.name: {"model_types": list(f.model_types), "architecture": f.architecture, "tensors": [_tensor_json(t) for t in f.tensors]} for f in FAMILIES}
+    _listing(found, as_json, hide=("tensors",))
+
+
+def _tensor_json(tensor: Any) -> dict[str, Any]:
+    shape = [extent.text for extent in tensor.shape]
+    return {"name": tensor.name, "shape": shape, "when": tensor.when.text, "split": tensor.split, "stage": tensor.stage, "huggingface": tensor.stored}
+
+
+@main.command()
+@_as_json
+def schemes(as_json: bool) -> None:
+    """List quantisation schemes."""
+    from .planner.schemes import SCHEMES
+
+    _listing({s.name: {"config": s.config()} for s in SCHEMES}, as_json, hide=("config",))
+
+
+def _listing(found: dict[str, dict[str, Any]], as_json: bool, hide: tuple[str, ...] = ()) -> None:
+    if as_json:
+        _print(found)
+        return
+    for name, facts in found.items():
+        shown = "  ".join(f"{k}: {', '.join(v) if isinstance(v, list) else v}" for k, v in facts.items() if k not in hide)
+        click.echo(f"{name:18} {shown}")
+
+
+@main.command()
+@click.argument("folder", metavar="[DIR]", type=click.Path(), required=False)
+def demo(folder: str | None) -> None:
+    """Make a small Llama, convert it to Megatron ranks and back, and verify both."""
+    from .demo import run
+
+    run(Path(folder) if folder else None)
+
+
+def _open(src: str, hints: dict[str, Any]) -> Checkpoint:
+    from .api import open as open_checkpoint
+
+    return open_checkpoint(src, family=hints.get("family"), config=hints.get("config"), vocab_size=hints.get("vocab_size"))
+
+
+def _job(src: str, out: str | None, options: dict[str, Any]) -> Conversion:
+    from .api import parse_size
+    from .api import plan as make_plan
+
+    if options["to"] is None:
+        raise UsageError("say what to make of it", remedy="Give --to FORMAT; `shardwright formats` lists them")
+    return make_plan(
+        _open(src, options),
+        out,
+        to=options["to"],
+        layout=_layout(options),
+        memory=options["memory"],
+        workers=options["workers"],
+        dialect=options["dialect"],
+        container=options["container"],
+        spec=options["megatron_spec"],
+        dtype=options["dtype"],
+        quantize=options["quantize"],
+        max_shard_size=parse_size(options["max_shard_size"]),
+        pad_vocab_to=options["pad_vocab_to"],
+        trust_replicas=options["trust_replicas"],
+        drop=options["drop"],
+    )
+
+
+def _layout(options: dict[str, Any]) -> Any:
+    from .planner.layout import Layout
+
+    if options["layout_file"]:
+        if (options["tp"], options["pp"], options["vpp"], options["pp_layers"]) != (1, 1, 1, None):
+            raise UsageError("--layout and the sizes contradict each other", remedy="Give one or the other")
+        try:
+            return Layout.from_json(json.loads(Path(options["layout_file"]).read_text()))
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"not a layout: {error}", file=options["layout_file"]) from None
+    stages = None
+    if options["pp_layers"]:
+        try:
+            stages = tuple(int(n) for n in options["pp_layers"].split(","))
+        except ValueError:
+            raise UsageError("--pp-layers is a list of numbers", expected="e.g. 10,11,11", actual=options["pp_layers"]) from None
+    return Layout(tp=options["tp"], pp=options["pp"], vpp=options["vpp"], stages=stages)
+
+
+def _need(value: str | None, what: str) -> str:
+    if value is None:
+        raise UsageError(f"{what} is missing", remedy="shardwright convert SRC OUT --to FORMAT")
+    return value

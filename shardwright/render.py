@@ -1,0 +1,90 @@
+"""What people see on a terminal: plans and checkpoints as short tables, on standard error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+__all__ = ["rate", "show_checkpoint", "show_plan", "size"]
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in powers of 1000.
+
+    >>> size(1234), size(5.0e9), size(12)
+    ('1.23 KB', '5.00 GB', '12 B')
+    """
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            break
+        nbytes /= 1000
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+
+
+def rate(nbytes: float, seconds: float) -> str:
+    """Bytes per second for people."""
+    return f"{size(nbytes / seconds)}/s" if seconds else "at once"
+
+
+def axes(layout: dict[str, Any]) -> str:
+    """``tp 8 × pp 4``, leaving out axes of size 1.
+
+    >>> axes({"tp": 8, "pp": 4, "vpp": 1, "etp": None, "stages": [2, 3]})
+    'tp 8 × pp 4 × stages 2,3'
+    """
+    shown = [f"{k} {','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in layout.items() if v not in (None, 1)]
+    return " × ".join(shown) or "one rank"
+
+
+def show_plan(plan: dict[str, Any], memory: int) -> None:
+    """A plan's summary: warnings first, then what moves, then memory."""
+    console = Console(stderr=True, highlight=False)
+    for warning in plan["warnings"]:
+        console.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True)
+    for entry in plan["dropped"][:10]:
+        console.print(f"[yellow]dropped[/yellow] {escape(entry['name'])}: {escape(entry['reason'])}", soft_wrap=True)
+    if len(plan["dropped"]) > 10:
+        console.print(f"[yellow]dropped[/yellow] … {len(plan['dropped']) - 10} more (--json lists them)")
+    table = _table()
+    table.add_row("from", f"{plan['source_format']} ({axes(plan['source_layout'])}), {plan['family']}")
+    table.add_row("to", f"{plan['target_format']} ({axes(plan['target_layout'])}): {plan['tensors']:,} tensors in {plan['files']:,} files")
+    table.add_row("read", f"{size(plan['bytes_read'])}, amplification {plan['read_amplification']:.3f}")
+    table.add_row("write", f"{size(plan['bytes_written'])}, amplification {plan['write_amplification']:.3f}")
+    table.add_row("work", f"{plan['tiles']:,} tiles, {plan['requests']:,} requests, {plan['pieces']:,} pieces in {plan['programs']:,} programs")
+    table.add_row(
+        "memory", f"{size(plan['peak_bytes'])} at most (base {size(plan['base_bytes'])}); bound {size(memory)}, smallest {size(plan['min_memory_bytes'])}"
+    )
+    console.print(table)
+
+
+def show_checkpoint(found: dict[str, Any]) -> None:
+    """What `inspect` found, on standard output."""
+    console = Console(highlight=False)
+    table = _table()
+    table.add_row("path", escape(found["path"]))
+    table.add_row("format", f"{found['format']}, dialect {found['dialect']}, container {found['container']}, {axes(found['layout'])}")
+    table.add_row("family", found["family"])
+    table.add_row("size", f"{found['tensors']:,} tensors in {found['files']:,} files, {size(found['bytes'])}")
+    table.add_row("dtypes", ", ".join(f"{name} {size(nbytes)}" for name, nbytes in found["dtypes"].items()))
+    table.add_row("config", escape(", ".join(f"{k} {v}" for k, v in found["config"].items())))
+    if found["padded_vocab"]:
+        table.add_row("vocabulary", f"padded to {found['padded_vocab']} rows")
+    if found["quantization"]:
+        table.add_row("quantised", found["quantization"])
+    console.print(table)
+    for warning in found["warnings"]:
+        console.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True)
+    for entry in found["dropped"]:
+        console.print(f"[yellow]left out[/yellow] {escape(entry['name'])}: {escape(entry['reason'])}", soft_wrap=True)
+    for tensor in found.get("stored", ()):
+        console.print(f"{tensor['rank']:5}  {tensor['dtype']:10} {escape(tensor['shape'].__str__()):20} {escape(tensor['name'])}", soft_wrap=True)
+
+
+def _table() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
