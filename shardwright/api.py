@@ -37,21 +37,38 @@ from .planner.tensor.dtypes import dtype as dtype_of
 from .planner.tensor.lazy import LazyTensor, leaf
 
 if TYPE_CHECKING:
-    import networkx
+    import networkx as nx
     import numpy as np
     import torch
 
     from .executors.execute import Outcome
     from .executors.progress import Progress
 
-__all__ = ["Checkpoint", "Conversion", "Tensor", "Verification", "convert", "find_family", "load_plan", "open", "parse_size", "plan", "register", "verify"]
+__all__ = [
+    "Checkpoint",
+    "Conversion",
+    "Tensor",
+    "Verification",
+    "convert",
+    "find_family",
+    "load_plan",
+    "open",
+    "parse_size",
+    "plan",
+    "register",
+    "verify",
+]
 
 Shape = tuple[int, ...]
 PathLike = str | os.PathLike[str]
 
 
 def open(
-    path: PathLike, *, family: str | Family | PathLike | None = None, config: PathLike | Mapping[str, Any] | None = None, vocab_size: int | None = None
+    path: PathLike,
+    *,
+    family: str | Family | PathLike | None = None,
+    config: PathLike | Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
 ) -> Checkpoint:
     """Open a checkpoint of any format: headers and metadata only.
 
@@ -346,7 +363,9 @@ def load_plan(path: PathLike) -> Conversion:
     return Conversion(found, root)
 
 
-def convert(source: Checkpoint | PathLike, out: PathLike, *, to: str, overwrite: bool = False, progress: Progress | None = None, **options: Any) -> Conversion:
+def convert(
+    source: Checkpoint | PathLike, out: PathLike, *, to: str, overwrite: bool = False, progress: Progress | None = None, **options: Any
+) -> Conversion:
     """Plan and execute; the finished conversion."""
     scheduler = options.pop("scheduler", "threads")
     job = plan(source, out, to=to, **options)
@@ -384,7 +403,16 @@ class Conversion:
     def summary(self) -> dict[str, Any]:
         """The object that ``plan --json`` prints."""
         figures = self.cost
-        names = ("tensors", "files", "bytes_read", "bytes_written", "source_bytes", "target_bytes", "read_amplification", "write_amplification")
+        names = (
+            "tensors",
+            "files",
+            "bytes_read",
+            "bytes_written",
+            "source_bytes",
+            "target_bytes",
+            "read_amplification",
+            "write_amplification",
+        )
         more = ("requests", "tiles", "pieces", "programs", "base_bytes", "peak_bytes", "min_memory_bytes")
         return {
             **self.plan.summary,
@@ -399,7 +427,7 @@ class Conversion:
 
         return explain(self.plan, name)
 
-    def lineage(self, pattern: str | None = None) -> networkx.MultiDiGraph[Any]:
+    def lineage(self, pattern: str | None = None) -> nx.MultiDiGraph[Any]:
         """Source file → stored → hub → stored → target file → rank, as a graph of tensors."""
         from .planner.lineage import lineage
 
@@ -445,7 +473,9 @@ class Conversion:
 
         if self.out is None:
             raise UsageError("the plan has no target", remedy="Give OUT when planning")
-        return execute(self.plan, self.out, memory=self.memory, workers=self.workers, overwrite=overwrite, progress=progress, scheduler=scheduler)
+        return execute(
+            self.plan, self.out, memory=self.memory, workers=self.workers, overwrite=overwrite, progress=progress, scheduler=scheduler
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -508,11 +538,15 @@ def verify(
 
     job = Conversion(located.plan, target.path, memory=memory, workers=workers)
     found = compare(job.plan, target.path, memory=job.memory, workers=job.workers, progress=progress)
-    different = tuple(dict.fromkeys(f"{d.tensor}@{d.rank}, element {d.index} ({d.file})" if d.tensor else f"{d.file}: {d.what}" for d in found))
+    different = tuple(
+        dict.fromkeys(f"{d.tensor}@{d.rank}, element {d.index} ({d.file})" if d.tensor else f"{d.file}: {d.what}" for d in found)
+    )
     return Verification("values", count, count - len({(d.tensor, d.rank) for d in found if d.tensor}), different, (), ())
 
 
-def register(*, family: PathLike | None = None, dialect: PathLike | None = None, operation: Callable[..., LazyTensor] | None = None, **parts: Any) -> None:
+def register(
+    *, family: PathLike | None = None, dialect: PathLike | None = None, operation: Callable[..., LazyTensor] | None = None, **parts: Any
+) -> None:
     """Add parts from outside the package, each under its own name.
 
     Parameters
@@ -539,7 +573,18 @@ def register(*, family: PathLike | None = None, dialect: PathLike | None = None,
         registries[kind].add(part.name, part)
 
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+}
 
 
 def parse_size(text: int | str) -> int:
@@ -559,5 +604,3 @@ def parse_size(text: int | str) -> int:
         return int(value * unit)
     except ValueError:
         raise UsageError(f"not a size: {text!r}", remedy="Write 512MiB, 8GiB, 5GB or a number of bytes") from None
-
-

@@ -151,7 +151,10 @@ def inspect(src: str, tensors: bool, as_json: bool, **hints: Any) -> None:
         found["dropped"] += [{"name": d.name, "reason": d.reason} for d in read_side(source).dropped]
     if tensors:
         listed = [(rank, chunk, t) for (rank, chunk), unit in source.units.items() for t in unit.values()]
-        found["stored"] = [{"name": t.name, "rank": rank, "chunk": chunk, "dtype": t.dtype, "shape": list(t.shape), "file": t.file} for rank, chunk, t in listed]
+        found["stored"] = [
+            {"name": t.name, "rank": rank, "chunk": chunk, "dtype": t.dtype, "shape": list(t.shape), "file": t.file}
+            for rank, chunk, t in listed
+        ]
     if as_json:
         _print(found)
         return
@@ -205,7 +208,14 @@ def plan(src: str, out: str | None, html: str | None, save: str | None, as_json:
 @click.option("--verify", "then_verify", is_flag=True, help="Verify the target against the source afterwards.")
 @_as_json
 def convert(
-    src: str | None, out: str | None, plan_file: str | None, scheduler: str, overwrite: bool, then_verify: bool, as_json: bool, **options: Any
+    src: str | None,
+    out: str | None,
+    plan_file: str | None,
+    scheduler: str,
+    overwrite: bool,
+    then_verify: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Convert a checkpoint: plan, check, move every byte once, publish whole or not at all."""
     job = _saved(src, plan_file, options) if plan_file else _job(_need(src, "SRC"), _need(out, "OUT"), options)
@@ -242,7 +252,9 @@ def _finish(job: Conversion, summary: dict[str, Any], outcome: Outcome | None, t
         checked = verify_target(job.out, job.plan.source_root, memory=job.memory, workers=job.workers)
         result["verified"] = {"level": checked.level, "tensors": checked.tensors, "equal": checked.equal}
         if not checked.ok:
-            raise VerificationError("the target differs from the source", file=job.out, actual=[*checked.different, *checked.missing, *checked.extra][:5])
+            raise VerificationError(
+                "the target differs from the source", file=job.out, actual=[*checked.different, *checked.missing, *checked.extra][:5]
+            )
     if as_json:
         _print(result)
         return
@@ -251,7 +263,10 @@ def _finish(job: Conversion, summary: dict[str, Any], outcome: Outcome | None, t
     if outcome:
         from .render import rate
 
-        _say(f"[green]done[/green] {job.out} in {seconds:.1f} s, {rate(summary['bytes_written'], seconds)}" + (", verified" if then_verify else ""))
+        _say(
+            f"[green]done[/green] {job.out} in {seconds:.1f} s, {rate(summary['bytes_written'], seconds)}"
+            + (", verified" if then_verify else "")
+        )
 
 
 def _saved(src: str | None, plan_file: str, options: dict[str, Any]) -> Conversion:
@@ -280,9 +295,15 @@ def verify(out: str, src: str | None, memory: str | None, workers: int | None, a
     found = verify_target(out, src, memory=memory, workers=workers, progress=StderrProgress())
     if as_json:
         _print(
-            {"level": found.level, "tensors": found.tensors, "equal": found.equal, "different": list(found.different),
-             "missing": list(found.missing), "extra": list(found.extra)}
-        )  # fmt: skip
+            {
+                "level": found.level,
+                "tensors": found.tensors,
+                "equal": found.equal,
+                "different": list(found.different),
+                "missing": list(found.missing),
+                "extra": list(found.extra),
+            }
+        )
     if not found.ok:
         for what, names in (("different", found.different), ("missing", found.missing), ("extra", found.extra)):
             for name in names[:20]:
@@ -290,10 +311,16 @@ def verify(out: str, src: str | None, memory: str | None, workers: int | None, a
             if len(names) > 20:
                 _say(f"[red]{what}[/red] … {len(names) - 20} more")
         if not as_json:
-            raise VerificationError(f"{len(found.different) + len(found.missing) + len(found.extra)} of {found.tensors} tensors differ", file=out)
+            raise VerificationError(
+                f"{len(found.different) + len(found.missing) + len(found.extra)} of {found.tensors} tensors differ", file=out
+            )
         sys.exit(4)
     if not as_json:
-        what = "every byte equals what the source gives" if found.level == "values" else "names, dtypes and shapes fit (give SRC to compare values)"
+        what = (
+            "every byte equals what the source gives"
+            if found.level == "values"
+            else "names, dtypes and shapes fit (give SRC to compare values)"
+        )
         _say(f"[green]verified[/green] {found.tensors} tensors: {what}")
 
 
@@ -339,13 +366,23 @@ def families(as_json: bool) -> None:
     """List model families."""
     from .planner.tables import FAMILIES
 
-    found = {f.name: {"model_types": list(f.model_types), "architecture": f.architecture, "tensors": [_tensor_json(t) for t in f.tensors]} for f in FAMILIES}
+    found = {
+        f.name: {"model_types": list(f.model_types), "architecture": f.architecture, "tensors": [_tensor_json(t) for t in f.tensors]}
+        for f in FAMILIES
+    }
     _listing(found, as_json, hide=("tensors",))
 
 
 def _tensor_json(tensor: Any) -> dict[str, Any]:
     shape = [extent.text for extent in tensor.shape]
-    return {"name": tensor.name, "shape": shape, "when": tensor.when.text, "split": tensor.split, "stage": tensor.stage, "huggingface": tensor.stored}
+    return {
+        "name": tensor.name,
+        "shape": shape,
+        "when": tensor.when.text,
+        "split": tensor.split,
+        "stage": tensor.stage,
+        "huggingface": tensor.stored,
+    }
 
 
 @main.command()

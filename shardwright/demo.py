@@ -73,5 +73,7 @@ def _convert(console: Console, source: Path, out: Path, to: str, layout: Layout)
 def _verify(console: Console, out: Path, source: Path) -> None:
     found = verify(out, source, memory="256MiB")
     if not found.ok:
-        raise VerificationError("the conversion differs from its source", file=out, actual=[*found.different, *found.missing, *found.extra][:5])
+        raise VerificationError(
+            "the conversion differs from its source", file=out, actual=[*found.different, *found.missing, *found.extra][:5]
+        )
     console.print(f"verified {found.equal} of {found.tensors} tensors of {out.name} against {source.name}: equal")

@@ -53,9 +53,12 @@ def show_plan(plan: dict[str, Any], memory: int) -> None:
     table.add_row("to", f"{plan['target_format']} ({axes(plan['target_layout'])}): {plan['tensors']:,} tensors in {plan['files']:,} files")
     table.add_row("read", f"{size(plan['bytes_read'])}, amplification {plan['read_amplification']:.3f}")
     table.add_row("write", f"{size(plan['bytes_written'])}, amplification {plan['write_amplification']:.3f}")
-    table.add_row("work", f"{plan['tiles']:,} tiles, {plan['requests']:,} requests, {plan['pieces']:,} pieces in {plan['programs']:,} programs")
     table.add_row(
-        "memory", f"{size(plan['peak_bytes'])} at most (base {size(plan['base_bytes'])}); bound {size(memory)}, smallest {size(plan['min_memory_bytes'])}"
+        "work", f"{plan['tiles']:,} tiles, {plan['requests']:,} requests, {plan['pieces']:,} pieces in {plan['programs']:,} programs"
+    )
+    table.add_row(
+        "memory",
+        f"{size(plan['peak_bytes'])} at most (base {size(plan['base_bytes'])}); bound {size(memory)}, smallest {size(plan['min_memory_bytes'])}",
     )
     console.print(table)
 
@@ -80,7 +83,9 @@ def show_checkpoint(found: dict[str, Any]) -> None:
     for entry in found["dropped"]:
         console.print(f"[yellow]left out[/yellow] {escape(entry['name'])}: {escape(entry['reason'])}", soft_wrap=True)
     for tensor in found.get("stored", ()):
-        console.print(f"{tensor['rank']:5}  {tensor['dtype']:10} {escape(tensor['shape'].__str__()):20} {escape(tensor['name'])}", soft_wrap=True)
+        console.print(
+            f"{tensor['rank']:5}  {tensor['dtype']:10} {escape(tensor['shape'].__str__()):20} {escape(tensor['name'])}", soft_wrap=True
+        )
 
 
 def _table() -> Table:

@@ -113,5 +113,3 @@ def _random(spec: TensorSpec, seed: tuple[int, int]) -> Iterator[bytes]:
         block[itemsize - 1 :: itemsize] &= 0xBF  # the top exponent bit of the little-endian float
         yield block.tobytes()
         left -= size
-
-

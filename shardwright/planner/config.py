@@ -39,7 +39,9 @@ class ModelConfig:
         try:
             return self.fields[name]
         except KeyError:
-            raise ConfigError(f"the config of family {self.family!r} has no field {name!r}", remedy=f"Known: {', '.join(self.fields)}") from None
+            raise ConfigError(
+                f"the config of family {self.family!r} has no field {name!r}", remedy=f"Known: {', '.join(self.fields)}"
+            ) from None
 
 
 def family_of(raw: Mapping[str, Any], file: str = "config.json") -> Family:
@@ -148,7 +150,9 @@ def to_huggingface(config: ModelConfig, family: Family, dtype: str, base: Mappin
             _expect_fixed(rule, value, config)
         elif made.get(rule.key, value) != value:
             raise UnsupportedError(
-                f"config.json of family {family.name!r} has one key {rule.key!r} for two settings that differ", expected=made[rule.key], actual=value
+                f"config.json of family {family.name!r} has one key {rule.key!r} for two settings that differ",
+                expected=made[rule.key],
+                actual=value,
             )
         elif rule.key not in ("rope_theta", "rope_scaling"):
             made[rule.key] = value
@@ -186,7 +190,9 @@ def to_megatron(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
     """
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     if config["hidden_act"] not in ("silu", "swish"):
-        raise UnsupportedError("Megatron arguments are written for SwiGLU models only", expected="hidden_act silu", actual=config["hidden_act"])
+        raise UnsupportedError(
+            "Megatron arguments are written for SwiGLU models only", expected="hidden_act silu", actual=config["hidden_act"]
+        )
     if config["attention_out_bias"] != config["mlp_bias"] or (config["mlp_bias"] and not config["qkv_bias"]):
         raise UnsupportedError(
             "Megatron's add_bias_linear gives a bias to attention output and MLP together, and to QKV with them",
@@ -225,7 +231,12 @@ def to_megatron(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
 
 
 def _megatron_rope(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
-    rope: dict[str, Any] = {"rotary_base": config["rope_theta"], "use_rope_scaling": False, "rope_scaling_factor": 8.0, "rotary_seq_len_interpolation_factor": None}
+    rope: dict[str, Any] = {
+        "rotary_base": config["rope_theta"],
+        "use_rope_scaling": False,
+        "rope_scaling_factor": 8.0,
+        "rotary_seq_len_interpolation_factor": None,
+    }
     scaling = config.fields.get("rope_scaling")
     if scaling is None:
         return rope, []
@@ -254,6 +265,7 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
     UnsupportedError
         A model that no family here describes (LayerNorm, learned positions, partial rotary …).
     """
+
     def need(name: str) -> Any:
         if arguments.get(name) is None:
             raise ConfigError(f"the checkpoint's args lack {name!r}", file=file, remedy="Give --family and --config config.json")
@@ -269,9 +281,11 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
     vocab = vocab_size if vocab_size is not None else arguments.get("vocab_size")
     if vocab is None:
         raise ConfigError(
-            "the true vocabulary size is not in the checkpoint's args", file=file,
-            actual=f"padded_vocab_size {arguments.get('padded_vocab_size')}", remedy="Give --vocab-size N",
-        )  # fmt: skip
+            "the true vocabulary size is not in the checkpoint's args",
+            file=file,
+            actual=f"padded_vocab_size {arguments.get('padded_vocab_size')}",
+            remedy="Give --vocab-size N",
+        )
     linear_bias = bool(arguments.get("add_bias_linear", True))
     fields = {
         "hidden_size": need("hidden_size"),
@@ -315,5 +329,7 @@ def infer_family(fields: Mapping[str, Any], file: str) -> Family:
     """
     found = [family for family in FAMILIES if family.infer.names <= set(fields) | {"true", "false", "none"} and family.infer(fields)]
     if len(found) != 1:
-        raise ConfigError("the family cannot be told from the args", file=file, actual=[f.name for f in found], remedy="Name it with --family")
+        raise ConfigError(
+            "the family cannot be told from the args", file=file, actual=[f.name for f in found], remedy="Name it with --family"
+        )
     return found[0]

@@ -68,8 +68,12 @@ def read_identity(store: Store) -> Mapping[str, Any] | None:
         return None
     identity = read_object(store, FILE_NAME)
     if identity.get("schema") != SCHEMA:
-        raise CheckpointError("shardwright.json has a schema that this version does not know", file=FILE_NAME, expected=SCHEMA, actual=identity.get("schema"))
+        raise CheckpointError(
+            "shardwright.json has a schema that this version does not know", file=FILE_NAME, expected=SCHEMA, actual=identity.get("schema")
+        )
     for key, kind in {"format": str, "dialect": str, "spec": str, "layout": dict, "family": str, "config": dict}.items():
         if not isinstance(identity.get(key), kind):
-            raise CheckpointError(f"shardwright.json lacks {key!r}", file=FILE_NAME, expected=kind.__name__, actual=type(identity.get(key)).__name__)
+            raise CheckpointError(
+                f"shardwright.json lacks {key!r}", file=FILE_NAME, expected=kind.__name__, actual=type(identity.get(key)).__name__
+            )
     return identity

@@ -59,9 +59,10 @@ class Layout:
             raise LayoutError("a virtual pipeline needs pp > 1", actual=f"pp 1, vpp {self.vpp}", remedy="Drop --vpp or raise --pp")
         if self.stages is not None and len(self.stages) != self.pp * self.vpp:
             raise LayoutError(
-                "layers per stage do not match the pipeline", expected=f"{self.pp * self.vpp} numbers (pp × vpp)",
+                "layers per stage do not match the pipeline",
+                expected=f"{self.pp * self.vpp} numbers (pp × vpp)",
                 actual=f"{len(self.stages)} numbers",
-            )  # fmt: skip
+            )
 
     @property
     def ranks(self) -> int:
@@ -93,7 +94,9 @@ class Layout:
         chunks = self.pp * self.vpp
         if self.stages is not None:
             if sum(self.stages) != layers:
-                raise LayoutError("layers per stage do not add up", expected=f"{layers} layers", actual=f"{sum(self.stages)}: {self.stages}")
+                raise LayoutError(
+                    "layers per stage do not add up", expected=f"{layers} layers", actual=f"{sum(self.stages)}: {self.stages}"
+                )
             return self.stages
         if layers % chunks:
             raise LayoutError(
@@ -122,7 +125,7 @@ class Layout:
         """The layout of `to_json`, or of a user's layout file; absent axes are 1."""
         unknown = set(values) - {"tp", "pp", "vpp", "ep", "etp", "stages"}
         if unknown:
-            raise UsageError(f"a layout has no axis {sorted(unknown)[0]!r}", expected="tp, pp, vpp, ep, etp, stages")
+            raise UsageError(f"a layout has no axis {min(unknown)!r}", expected="tp, pp, vpp, ep, etp, stages")
         stages = values.get("stages")
         return cls(**{**values, "stages": None if stages is None else tuple(stages)})
 
@@ -160,7 +163,10 @@ def _columns(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str
 def _vocab(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
     if shape[0] % tp:
         raise LayoutError(
-            f"tp {tp} does not divide the vocabulary", expected=f"a multiple of {tp}", actual=shape[0], remedy=f"Pad it: --pad-vocab-to {tp}"
+            f"tp {tp} does not divide the vocabulary",
+            expected=f"a multiple of {tp}",
+            actual=shape[0],
+            remedy=f"Pad it: --pad-vocab-to {tp}",
         )
     return Split(0, tp, 1)
 
@@ -180,7 +186,9 @@ def _kv_heads(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: st
     if heads % tp == 0:
         return _even(0, shape[0], tp, "the rows")
     if tp % heads:
-        raise LayoutError("key/value heads and tp do not divide each other", expected=f"kv heads {heads} | tp or tp | kv heads", actual=f"tp {tp}")
+        raise LayoutError(
+            "key/value heads and tp do not divide each other", expected=f"kv heads {heads} | tp or tp | kv heads", actual=f"tp {tp}"
+        )
     return Split(0, heads, tp // heads) if kv == "replicate" else _even(0, shape[0], tp, "the rows")
 
 

@@ -160,14 +160,23 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     for where, expression in [(t.name, e) for t in tensors for e in (*t.shape, t.when)] + [(a.name, a.when) for a in aliases]:
         if unknown := expression.names - fields:
             raise TableError(
-                f"the field {sorted(unknown)[0]!r} is not in [config]", file=f"{origin} {where}", actual=repr(expression.text),
+                f"the field {min(unknown)!r} is not in [config]",
+                file=f"{origin} {where}",
+                actual=repr(expression.text),
                 remedy=f"Known: {', '.join(sorted(fields - {'true', 'false', 'none'}))}",
-            )  # fmt: skip
+            )
     return Family(
-        name, origin, tuple(_texts(table, "model_types", origin)), _text(table, "architecture", origin, "the family"),
-        parse(table.get("infer", "false"), f"{origin} infer"), rules, tensors, aliases, _ignores(table, origin),
+        name,
+        origin,
+        tuple(_texts(table, "model_types", origin)),
+        _text(table, "architecture", origin, "the family"),
+        parse(table.get("infer", "false"), f"{origin} infer"),
+        rules,
+        tensors,
+        aliases,
+        _ignores(table, origin),
         tuple(_texts(table, "keep_dtype", origin)),
-    )  # fmt: skip
+    )
 
 
 def _base_table(name: str, origin: str) -> dict[str, Any]:
@@ -198,10 +207,13 @@ def _hub_tensor(entry: dict[str, Any], where: str) -> HubTensor:
         raise TableError("a tensor needs a shape: a list of expressions", file=where, actual=entry.get("shape"))
     stage = entry.get("stage", "layer" if "{layer}" in name else "first")
     return HubTensor(
-        _template(name, where), tuple(parse(e, f"{where} shape") for e in entry["shape"]), parse(entry.get("when", "true"), f"{where} when"),
-        _choice(entry.get("split", "none"), SPLITS, where, "split"), _choice(stage, STAGES, where, "stage"),
+        _template(name, where),
+        tuple(parse(e, f"{where} shape") for e in entry["shape"]),
+        parse(entry.get("when", "true"), f"{where} when"),
+        _choice(entry.get("split", "none"), SPLITS, where, "split"),
+        _choice(stage, STAGES, where, "stage"),
         _template(entry.get("huggingface", name), where),
-    )  # fmt: skip
+    )
 
 
 def _alias(entry: dict[str, Any], where: str, known: set[str]) -> Alias:
@@ -229,10 +241,15 @@ def _dialect(table: dict[str, Any], origin: str) -> Dialect:
             _unique([row.names[spec] for row in rows], origin, f"[[row]] {spec}")
     pad = table.get("pad_vocab")
     return Dialect(
-        _text(table, "name", origin, "the dialect"), origin, _choice(table.get("numbering", "global"), ("global", "local"), origin, "numbering"),
-        _choice(table.get("kv_heads", "cut"), ("cut", "replicate"), origin, "kv_heads"), None if pad is None else parse(pad, f"{origin} pad_vocab"),
-        specs, rows, _ignores(table, origin),
-    )  # fmt: skip
+        _text(table, "name", origin, "the dialect"),
+        origin,
+        _choice(table.get("numbering", "global"), ("global", "local"), origin, "numbering"),
+        _choice(table.get("kv_heads", "cut"), ("cut", "replicate"), origin, "kv_heads"),
+        None if pad is None else parse(pad, f"{origin} pad_vocab"),
+        specs,
+        rows,
+        _ignores(table, origin),
+    )
 
 
 def _row(entry: dict[str, Any], specs: tuple[str, ...], where: str) -> Row:
@@ -249,9 +266,13 @@ def _row(entry: dict[str, Any], specs: tuple[str, ...], where: str) -> Row:
         raise TableError("a row of several hub tensors needs a layout that joins them", file=where, actual=list(hub))
     stage = entry.get("stage", "layer" if "{layer}" in hub[0] else "first")
     return Row(
-        {spec: _template(text, where) for spec, text in names.items()}, hub, layout, _choice(entry.get("split", "none"), SPLITS, where, "split"),
-        _choice(stage, STAGES, where, "stage"), parse(entry.get("when", "true"), f"{where} when"),
-    )  # fmt: skip
+        {spec: _template(text, where) for spec, text in names.items()},
+        hub,
+        layout,
+        _choice(entry.get("split", "none"), SPLITS, where, "split"),
+        _choice(stage, STAGES, where, "stage"),
+        parse(entry.get("when", "true"), f"{where} when"),
+    )
 
 
 def _operation(text: str, where: str) -> tuple[str, tuple[Any, ...]]:

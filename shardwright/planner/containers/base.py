@@ -149,7 +149,12 @@ class Container(Protocol):
         """
 
     def lay_out(
-        self, path: str, tensors: Sequence[TensorSpec], *, objects: Mapping[str, Any] | None = None, metadata: Mapping[str, Any] | None = None
+        self,
+        path: str,
+        tensors: Sequence[TensorSpec],
+        *,
+        objects: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> UnitLayout:
         """Lay out one unit at `path` (relative, with suffix).
 

@@ -30,5 +30,7 @@ def open_source(store: Store, hints: Hints) -> Source:
     if not found:
         raise CheckpointError("this is no checkpoint of a known format", file=store.root, remedy=f"Known: {', '.join(FORMATS.names())}")
     if len(found) > 1:
-        raise CheckpointError("this could be several formats", file=store.root, actual=[f.name for f in found], remedy="Give the folder of one of them")
+        raise CheckpointError(
+            "this could be several formats", file=store.root, actual=[f.name for f in found], remedy="Give the folder of one of them"
+        )
     return found[0].open(store, hints)

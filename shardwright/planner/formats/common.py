@@ -68,7 +68,11 @@ def _identity_fields(identity: Mapping[str, Any], family: Family) -> dict[str, A
 
 def missing_config(store: Store, what: str) -> CheckpointError:
     """The refusal of a checkpoint that nothing describes."""
-    return CheckpointError(f"nothing describes the model of this {what} checkpoint", file=store.root, remedy="Give --config config.json (and --family NAME|FILE)")
+    return CheckpointError(
+        f"nothing describes the model of this {what} checkpoint",
+        file=store.root,
+        remedy="Give --config config.json (and --family NAME|FILE)",
+    )
 
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:

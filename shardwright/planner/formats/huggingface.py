@@ -59,9 +59,24 @@ class HuggingFace:
         if index is not None:
             files[entry] = hashlib.sha256(store.read(entry)).hexdigest()
         return Source(
-            store, self.name, DIALECTS.get("huggingface"), "", container, Layout(), family, config, raw, None, {(0, 0): tensors}, files,
-            companions(store), tuple(dropped) + _strays(store, files), (), _scheme(raw), read_identity(store),
-        )  # fmt: skip
+            store,
+            self.name,
+            DIALECTS.get("huggingface"),
+            "",
+            container,
+            Layout(),
+            family,
+            config,
+            raw,
+            None,
+            {(0, 0): tensors},
+            files,
+            companions(store),
+            tuple(dropped) + _strays(store, files),
+            (),
+            _scheme(raw),
+            read_identity(store),
+        )
 
     def file(self, target: Target) -> Filing:
         shards = _shards(target)
@@ -110,7 +125,9 @@ def _read(
                 _same(store, tensors[name], tensor)
                 dropped.append(Dropped(f"{path}: {name}", f"an identical copy of the one in {tensors[name].file}"))
             elif weight_map is not None and name not in weight_map:
-                raise CheckpointError("a file holds a tensor that the index does not name", tensor=name, file=path, remedy="The index is stale: rebuild it")
+                raise CheckpointError(
+                    "a file holds a tensor that the index does not name", tensor=name, file=path, remedy="The index is stale: rebuild it"
+                )
             else:
                 tensors[name] = tensor
     for name, path in (weight_map or {}).items():
@@ -137,9 +154,12 @@ def _same(store: Store, one: StoredTensor, two: StoredTensor) -> None:
             break
     if not equal:
         raise CheckpointError(
-            "two files hold one tensor with different content", tensor=one.name, expected=f"the bytes in {one.file}", actual=f"those in {two.file}",
+            "two files hold one tensor with different content",
+            tensor=one.name,
+            expected=f"the bytes in {one.file}",
+            actual=f"those in {two.file}",
             remedy="Remove the stale file",
-        )  # fmt: skip
+        )
 
 
 def _strays(store: Store, files: Mapping[str, str]) -> tuple[Dropped, ...]:
@@ -156,7 +176,9 @@ def _scheme(raw: Mapping[str, Any] | None) -> Scheme | None:
     for scheme in SCHEMES:
         if scheme.recognises(config):
             return scheme
-    raise UnsupportedError("the checkpoint is quantised in a way that no scheme here reads", file="config.json", actual=config.get("quant_method"))
+    raise UnsupportedError(
+        "the checkpoint is quantised in a way that no scheme here reads", file="config.json", actual=config.get("quant_method")
+    )
 
 
 def _shards(target: Target) -> list[tuple[int, ...]]:

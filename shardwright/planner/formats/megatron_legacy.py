@@ -64,9 +64,24 @@ class MegatronLegacy:
         padded = _padded(units, dialect, spec, layout)
         family, config, raw, warnings = _config(store, hints, identity, fields, next(iter(paths.values())))
         return Source(
-            store, self.name, dialect, spec, "torch", layout, family, config, raw, padded if padded != config["vocab_size"] else None, units,
-            {paths[key]: index.header_digest for key, index in indexes.items()}, companions(store, "hf/"), dropped, warnings, None, identity,
-        )  # fmt: skip
+            store,
+            self.name,
+            dialect,
+            spec,
+            "torch",
+            layout,
+            family,
+            config,
+            raw,
+            padded if padded != config["vocab_size"] else None,
+            units,
+            {paths[key]: index.header_digest for key, index in indexes.items()},
+            companions(store, "hf/"),
+            dropped,
+            warnings,
+            None,
+            identity,
+        )
 
     def file(self, target: Target) -> Filing:
         arguments, warnings = _arguments(target)
@@ -105,15 +120,21 @@ def _files(store: Store) -> dict[tuple[int, ...], str]:
         text = store.read(TRACKER, 0, min(store.stat(TRACKER).nbytes, 64)).decode("ascii", "replace").strip()
         folder = text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else ""
         if folder not in found:
-            raise CheckpointError("the tracker names a folder without rank files", file=TRACKER, expected=folder or "release or a number", actual=text)
+            raise CheckpointError(
+                "the tracker names a folder without rank files", file=TRACKER, expected=folder or "release or a number", actual=text
+            )
     elif len(found) == 1:
         folder = next(iter(found))
     else:
-        raise CheckpointError("several iterations and no tracker file", file=store.root, actual=sorted(found), remedy="Give the folder of one iteration")
+        raise CheckpointError(
+            "several iterations and no tracker file", file=store.root, actual=sorted(found), remedy="Give the folder of one iteration"
+        )
     return dict(sorted(found[folder].items()))
 
 
-def _layout(arguments: Mapping[str, Any], identity: Mapping[str, Any] | None, paths: Mapping[tuple[int, ...], str], objects: Mapping[str, Any]) -> Layout:
+def _layout(
+    arguments: Mapping[str, Any], identity: Mapping[str, Any] | None, paths: Mapping[tuple[int, ...], str], objects: Mapping[str, Any]
+) -> Layout:
     """Sizes from args, else from the identity file, else from names that are not ambiguous."""
     file = next(iter(paths.values()))
     if "tensor_model_parallel_size" in arguments:
@@ -149,7 +170,9 @@ def _stages(arguments: Mapping[str, Any], pp: int, vpp: int, file: str) -> tuple
     middle = pp - (first is not None) - (last is not None)
     rest = arguments["num_layers"] - (first or 0) - (last or 0)
     if middle and rest % middle:
-        raise CheckpointError("the layers between the first and last stage do not divide", file=file, expected=f"a multiple of {middle}", actual=rest)
+        raise CheckpointError(
+            "the layers between the first and last stage do not divide", file=file, expected=f"a multiple of {middle}", actual=rest
+        )
     sizes = ([first] if first is not None else []) + [rest // middle if middle else 0] * middle + ([last] if last is not None else [])
     if any(size % vpp for size in sizes):
         raise CheckpointError("uneven stages do not divide into virtual chunks", file=file, actual=sizes)
@@ -196,7 +219,12 @@ def _rank(numbers: tuple[int, ...], layout: Layout, path: str) -> int:
     ep = rest.pop(0) if layout.ep > 1 and rest else 0
     fits = len(numbers) == 1 + (layout.pp > 1) + (layout.ep > 1) and numbers[0] < layout.tp and pp < layout.pp and ep < layout.ep
     if not fits:
-        raise CheckpointError("a rank's folder does not fit the sizes in args", file=path, expected=f"tp {layout.tp}, pp {layout.pp}, ep {layout.ep}", actual=numbers)
+        raise CheckpointError(
+            "a rank's folder does not fit the sizes in args",
+            file=path,
+            expected=f"tp {layout.tp}, pp {layout.pp}, ep {layout.ep}",
+            actual=numbers,
+        )
     return layout.rank(tp=numbers[0], pp=pp, ep=ep)
 
 
@@ -205,7 +233,9 @@ def _dialect(names: Iterable[str], objects: Mapping[str, Any], file: str) -> Dia
         return DIALECTS.get("megatron")
     version = objects.get("checkpoint_version", 0)
     if not isinstance(version, int | float) or version < 2:
-        raise UnsupportedError("checkpoint versions below 2.0 order QKV rows differently and are not read", file=file, expected=">= 2.0", actual=version)
+        raise UnsupportedError(
+            "checkpoint versions below 2.0 order QKV rows differently and are not read", file=file, expected=">= 2.0", actual=version
+        )
     return DIALECTS.get("megatron-nested")
 
 
@@ -238,7 +268,9 @@ def _arguments(target: Target) -> tuple[dict[str, Any], list[str]]:
     if padded % layout.tp:
         raise ConfigError("the padded vocabulary does not divide by tp", expected=f"a multiple of {layout.tp}", actual=padded)
     if layout.etp not in (None, layout.tp):
-        raise UnsupportedError("Megatron's torch format cannot name an expert tensor size of its own", expected=f"etp {layout.tp}", actual=f"etp {layout.etp}")
+        raise UnsupportedError(
+            "Megatron's torch format cannot name an expert tensor size of its own", expected=f"etp {layout.tp}", actual=f"etp {layout.etp}"
+        )
     arguments = {
         **model,
         "padded_vocab_size": padded,

@@ -61,9 +61,21 @@ class Ranks:
         if identity:
             files[FILE_NAME] = hashlib.sha256(store.read(FILE_NAME)).hexdigest()
         return Source(
-            store, self.name, dialect, _spec(dialect, by_rank), container, layout, family, config, raw, _vocab(by_rank, dialect, layout, config["vocab_size"]), units, files,
-            companions(store, "hf/"), identity=identity,
-        )  # fmt: skip
+            store,
+            self.name,
+            dialect,
+            _spec(dialect, by_rank),
+            container,
+            layout,
+            family,
+            config,
+            raw,
+            _vocab(by_rank, dialect, layout, config["vocab_size"]),
+            units,
+            files,
+            companions(store, "hf/"),
+            identity=identity,
+        )
 
     def file(self, target: Target) -> Filing:
         members: dict[int, list[int]] = {rank: [] for rank in range(target.layout.ranks)}
@@ -125,7 +137,9 @@ def best_spec(dialect: Dialect, names: set[str]) -> str:
     return max(dialect.specs, key=lambda spec: sum(row.names[spec].replace("{layer}", "0") in plain for row in dialect.rows or ()))
 
 
-def _units(by_rank: Mapping[int, Mapping[str, StoredTensor]], layout: Layout, dialect: Dialect) -> Mapping[tuple[int, int], Mapping[str, StoredTensor]]:
+def _units(
+    by_rank: Mapping[int, Mapping[str, StoredTensor]], layout: Layout, dialect: Dialect
+) -> Mapping[tuple[int, int], Mapping[str, StoredTensor]]:
     """Tensors by (rank, chunk); chunk prefixes are taken off."""
     if layout.vpp == 1 or dialect.numbering == "global":
         return {(rank, 0): unit for rank, unit in by_rank.items()}
@@ -156,5 +170,3 @@ def _vocab(by_rank: Mapping[int, Mapping[str, StoredTensor]], dialect: Dialect, 
 
 def _data_files(tensors: Mapping[str, StoredTensor]) -> list[str]:
     return list(dict.fromkeys(tensor.file for tensor in tensors.values()))
-
-

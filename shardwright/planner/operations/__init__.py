@@ -26,4 +26,3 @@ OPERATIONS.add("gate_up", gate_up)
 OPERATIONS.add("grouped_qkv", grouped_qkv)
 OPERATIONS.add("pad_vocab", pad_vocab)
 OPERATIONS.add("transpose", transpose)
-

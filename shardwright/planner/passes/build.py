@@ -17,7 +17,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
@@ -40,7 +40,7 @@ from .rows import RowInstance, expand, scope
 from .sides import SourceSide, TargetSide, Wanted, place, resolve, targets
 from .tiling import TILE_BYTES, choose_cuts, tile
 
-__all__ = ["Request", "Located", "build", "locate", "padded_vocab", "plan_hash", "read_side"]
+__all__ = ["Located", "Request", "build", "locate", "padded_vocab", "plan_hash", "read_side"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Request:
     """
 
     to: str
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
     dialect: str | None = None
     container: str | None = None
     spec: str | None = None
@@ -186,7 +186,9 @@ def _words(source: Source, request: Request) -> _Words:
     container = _one_of(request.container, target.containers, f"{request.to} has no container")
     spec = _one_of(request.spec, dialect.specs or ("",), f"dialect {dialect.name} has no spec")
     if source.scheme is not None:
-        raise UsageError("a quantised source can only be verified, not converted", actual=source.scheme.name, remedy="Convert the original weights")
+        raise UsageError(
+            "a quantised source can only be verified, not converted", actual=source.scheme.name, remedy="Convert the original weights"
+        )
     scheme = None if request.quantize is None else SCHEMES.get(request.quantize)
     if scheme is not None and dialect.rows is not None:
         raise UsageError(f"dialect {dialect.name!r} has no place for quantised weights", remedy="Use --dialect huggingface")
@@ -273,9 +275,20 @@ def _file(source: Source, request: Request, words: _Words, side: SourceSide, wan
     path = {"huggingface": "config.json"}.get(source.format, "hf/config.json")
     same = source.raw_config is not None and made == source.raw_config and source.store.exists(path)
     target = Target(
-        request.layout, words.dialect, words.spec, words.container, words.config, source.family, main, words.padded_vocab, request.max_shard_size,
-        wanted.wanted, made, source.store.read(path) if same else None, source.companions,
-    )  # fmt: skip
+        request.layout,
+        words.dialect,
+        words.spec,
+        words.container,
+        words.config,
+        source.family,
+        main,
+        words.padded_vocab,
+        request.max_shard_size,
+        wanted.wanted,
+        made,
+        source.store.read(path) if same else None,
+        source.companions,
+    )
     return FORMATS.get(request.to).file(target)
 
 
@@ -336,10 +349,21 @@ def _assemble(
     dropped = (*source.dropped, *side.dropped, *skipped)
     recipe = {**request.to_json(), "family": source.family.name, "config": dict(source.config.fields), "tile_bytes": tile_bytes}
     return Plan(
-        recipe, source.store.root, _summary(source, request), fingerprints, tuple(files), filing.copies, tuple(programs), tuple(lowered.bindings),
-        tiles, sources, tuple(entries), dropped, (*source.warnings, *filing.warnings, *_warnings(source, words, programs)),
+        recipe,
+        source.store.root,
+        _summary(source, request),
+        fingerprints,
+        tuple(files),
+        filing.copies,
+        tuple(programs),
+        tuple(lowered.bindings),
+        tiles,
+        sources,
+        tuple(entries),
+        dropped,
+        (*source.warnings, *filing.warnings, *_warnings(source, words, programs)),
         sum(source.store.stat(path).nbytes for path, _ in filing.copies),
-    )  # fmt: skip
+    )
 
 
 def _read_or_skipped(sources: tuple[TensorEntry, ...], lowered: Lowered) -> tuple[tuple[TensorEntry, ...], list[Dropped]]:
@@ -367,7 +391,9 @@ def _warnings(source: Source, words: _Words, programs: Sequence[Any]) -> list[st
     found = []
     vocab = source.config["vocab_size"] if "vocab_size" in source.config.fields else None
     if source.padded_vocab is not None:
-        found.append(f"the source's vocabulary is padded: rows {vocab} … {source.padded_vocab - 1} are dropped; the run says what they held")
+        found.append(
+            f"the source's vocabulary is padded: rows {vocab} … {source.padded_vocab - 1} are dropped; the run says what they held"
+        )
     if words.padded_vocab is not None and words.padded_vocab != vocab:
         found.append(f"the vocabulary is padded with zeros from {vocab} to {words.padded_vocab} rows")
     for program in programs:

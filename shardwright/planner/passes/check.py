@@ -115,7 +115,9 @@ def _check_sources(plan: Plan) -> None:
                 read.add(place)
                 entry = entries.get(place)
                 if entry is None:
-                    raise PlanError("a program reads where no source tensor begins", tensor=program.label, file=plan.source_files[place[0]].path)
+                    raise PlanError(
+                        "a program reads where no source tensor begins", tensor=program.label, file=plan.source_files[place[0]].path
+                    )
                 key = (number, operand, entry.shape)
                 if key not in proven:
                     proven.add(key)
@@ -175,7 +177,9 @@ def _check_target(plan: Plan, entry: TensorEntry, pairs: Sequence[tuple[int, int
             raise PlanError("a target tensor gets another dtype", tensor=entry.name, expected=entry.dtype, actual=output.dtype)
         _disjoint_reads(output.scatter, operand, output.shape, entry.name)
         written += [
-            Piece(operand, p.src_off, p.dst_off, tuple((n, s, d) for n, d, s in p.dims)) for p in (*output.scatter, *output.zeros) if p.slot == operand
+            Piece(operand, p.src_off, p.dst_off, tuple((n, s, d) for n, d, s in p.dims))
+            for p in (*output.scatter, *output.zeros)
+            if p.slot == operand
         ]
     covers(_boxes(written, entry.shape, entry.name), entry.shape, entry.name)
 
@@ -187,7 +191,9 @@ def _disjoint_reads(scatter: Sequence[Piece], operand: int, shape: Shape, what: 
 
 def _check_files(plan: Plan) -> None:
     """Static bytes and tensors fill each file without overlap."""
-    extents: list[list[tuple[int, int, str]]] = [[(offset, offset + len(data), "static bytes") for offset, data in f.static] for f in plan.target_files]
+    extents: list[list[tuple[int, int, str]]] = [
+        [(offset, offset + len(data), "static bytes") for offset, data in f.static] for f in plan.target_files
+    ]
     for t in plan.target_tensors:
         if prod(t.shape):
             extents[t.file].append((t.offset, t.offset + dtype_of(t.dtype).nbytes(prod(t.shape)), t.name))
@@ -195,7 +201,9 @@ def _check_files(plan: Plan) -> None:
         at = 0
         for begin, end, what in sorted(found):
             if begin != at:
-                raise PlanError("a target file has a gap or an overlap", file=file.path, tensor=what, expected=f"next byte {at}", actual=begin)
+                raise PlanError(
+                    "a target file has a gap or an overlap", file=file.path, tensor=what, expected=f"next byte {at}", actual=begin
+                )
             at = end
         if at != file.nbytes:
             raise PlanError("a target file is not filled", file=file.path, expected=file.nbytes, actual=at)
@@ -206,7 +214,11 @@ def _check_tiles(plan: Plan) -> None:
     tiles = plan.tiles
     order = np.lexsort((tiles.lo[:, 1], tiles.lo[:, 0], tiles.row, tiles.program))
     program, row, lo, hi = (a[order] for a in (tiles.program, tiles.row, tiles.lo, tiles.hi))
-    starts = np.flatnonzero(np.concatenate(([True], (program[1:] != program[:-1]) | (row[1:] != row[:-1])))) if len(order) else np.zeros(0, dtype=np.int64)
+    starts = (
+        np.flatnonzero(np.concatenate(([True], (program[1:] != program[:-1]) | (row[1:] != row[:-1]))))
+        if len(order)
+        else np.zeros(0, dtype=np.int64)
+    )
     ends = np.append(starts[1:], len(order))
     seen = [0] * len(plan.programs)
     proven: set[tuple[int, bytes]] = set()
@@ -219,7 +231,9 @@ def _check_tiles(plan: Plan) -> None:
             _check_boxes(plan.programs[number], lo[begin:end].tolist(), hi[begin:end].tolist())
     for number, bound in enumerate(plan.bindings):
         if seen[number] != len(bound.names):
-            raise PlanError("pivot tensors without a tile", tensor=plan.programs[number].label, expected=len(bound.names), actual=seen[number])
+            raise PlanError(
+                "pivot tensors without a tile", tensor=plan.programs[number].label, expected=len(bound.names), actual=seen[number]
+            )
 
 
 def _check_boxes(program: Program, lo: list[list[int]], hi: list[list[int]]) -> None:
@@ -230,5 +244,3 @@ def _check_boxes(program: Program, lo: list[list[int]], hi: list[list[int]]) -> 
         dims = tuple((k, b - a, 1, 0) for k, (a, b) in enumerate(zip(low, high, strict=True)) if k < len(shape) and b - a != 1)
         boxes.append(Box(0, start, 0, dims))
     covers(boxes, shape, f"tiles of {program.label}")
-
-

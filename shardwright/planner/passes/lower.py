@@ -109,7 +109,9 @@ class _Lowering:
             lowered.programs.append(draft.program)
             lowered.grains.append(draft.grain)
             columns = (draft.source_file, draft.source_offset, draft.target_file, draft.target_offset)
-            lowered.bindings.append(Bindings(tuple(draft.names), *(np.array(c, dtype=np.int64).reshape(len(draft.names), -1) for c in columns)))
+            lowered.bindings.append(
+                Bindings(tuple(draft.names), *(np.array(c, dtype=np.int64).reshape(len(draft.names), -1) for c in columns))
+            )
         return lowered
 
     def _pivot_hub(self, name: str) -> tuple[str, ...]:
@@ -190,7 +192,12 @@ class _Lowering:
         bounds = [self.target.bounds[b] for b, _ in uses]
         inside = all(set(self.target.bounds[b].hub[r]) <= set(names) for b, r in uses)
         covered = {n for b, r in uses for n in self.target.bounds[b].hub[r]} == set(names)
-        return inside and covered and all(len(b.outputs) == 1 and b.op == bounds[0].op for b in bounds) and not any(self.source.aliases.get(n) for n in names)
+        return (
+            inside
+            and covered
+            and all(len(b.outputs) == 1 and b.op == bounds[0].op for b in bounds)
+            and not any(self.source.aliases.get(n) for n in names)
+        )
 
     def _draft(
         self,
@@ -220,9 +227,19 @@ class _Lowering:
                     zeros += [_region(p, base + operand) for p in shard.pieces if p.slot == FILL and slot == 0]
                 base += width * len(bound.outputs)
             out_shape = shape if len(first.outputs) == 1 else model.shape
-            outputs.append(Output(model.dtype, out_shape, model.ratio if len(first.outputs) > 1 else (1,) * len(shape), _sorted(scatter), tuple(zeros)))
-        op = None if first.op is None else ValueOp(first.op.name, first.op.kernel, first.op.block if len(first.op.block) == len(shape) else (1,) * len(shape), first.op.scratch)
-        program = Program(label, dtype, shape, gathered.pieces, tuple(() if self.trust else replicas), tuple(padding), op, tuple(outputs), (), False)
+            outputs.append(
+                Output(model.dtype, out_shape, model.ratio if len(first.outputs) > 1 else (1,) * len(shape), _sorted(scatter), tuple(zeros))
+            )
+        op = (
+            None
+            if first.op is None
+            else ValueOp(
+                first.op.name, first.op.kernel, first.op.block if len(first.op.block) == len(shape) else (1,) * len(shape), first.op.scratch
+            )
+        )
+        program = Program(
+            label, dtype, shape, gathered.pieces, tuple(() if self.trust else replicas), tuple(padding), op, tuple(outputs), (), False
+        )
         return _Draft(program, max(b.grain for b, _ in uses))
 
     def _append(self, draft: _Draft, name: str, sources: Iterable[tuple[int, int]], uses: Iterable[tuple[int, int]]) -> None:
@@ -250,7 +267,12 @@ def gather_row(bound: Bound, shards: Sequence[LazyTensor], slot: int, shape: Sha
 def _strided(shard: LazyTensor, strides: Shape) -> list[Piece]:
     """The shard's pieces with destinations in a storage where the shard is a strided view."""
     return [
-        Piece(b.slot, sum(c * s for c, s in zip(b.start, strides, strict=True)), b.src_off, tuple((n, m * strides[k], src) for k, n, m, src in b.dims))
+        Piece(
+            b.slot,
+            sum(c * s for c, s in zip(b.start, strides, strict=True)),
+            b.src_off,
+            tuple((n, m * strides[k], src) for k, n, m, src in b.dims),
+        )
         for piece in shard.pieces
         for b in align(piece, shard.shape)
     ]

@@ -168,7 +168,9 @@ class _Expander:
         self._stage([(i, r) for i, r in rows if r.stage == "last"], -1, last)
         for name in self.hub:
             if name not in self.held:
-                raise UnsupportedError(f"dialect {self.dialect.name!r} has no row for this tensor of family {self.family.name!r}", tensor=name)
+                raise UnsupportedError(
+                    f"dialect {self.dialect.name!r} has no row for this tensor of family {self.family.name!r}", tensor=name
+                )
         return Expansion(tuple(self.classes), tuple(self.instances))
 
     def _stage(self, rows: Iterable[tuple[int, Row]], layer: int, place: Place) -> None:
@@ -181,8 +183,9 @@ class _Expander:
             if absent:
                 raise UnsupportedError(
                     f"a row of dialect {self.dialect.name!r} joins tensors that family {self.family.name!r} has only in part",
-                    tensor=absent[0], expected=list(names),
-                )  # fmt: skip
+                    tensor=absent[0],
+                    expected=list(names),
+                )
             if not (alias and self.reading) and row.when is not ALWAYS and not row.when({**self.fields, "layer": layer}):
                 continue
             self._hold(names, alias)
@@ -233,11 +236,11 @@ def _family_rows(family: Family, aliases: Mapping[str, str]) -> list[Row]:
     """One row per hub tensor, and one per alias: the last pipeline stage needs its copy where it is not the first too."""
     by_name = {t.name: t for t in family.tensors}
     rows = [Row({"": t.stored}, (t.name,), _padding(t), t.split, t.stage, ALWAYS) for t in family.tensors if t.name not in aliases]
-    return rows + [Row({"": name}, (name,), _padding(by_name[of]), by_name[of].split, "last", _SEVERAL_STAGES) for name, of in aliases.items()]
+    return rows + [
+        Row({"": name}, (name,), _padding(by_name[of]), by_name[of].split, "last", _SEVERAL_STAGES) for name, of in aliases.items()
+    ]
 
 
 def _padding(tensor: HubTensor) -> tuple[tuple[str, tuple[Any, ...]], ...]:
     """Tables over the vocabulary grow where the user asks for padding."""
     return (("pad_vocab", ()),) if tensor.split == "vocab" else ()
-
-

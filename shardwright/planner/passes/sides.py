@@ -27,7 +27,19 @@ from ..tensor.dtypes import dtype as dtype_of
 from ..tensor.lazy import LazyTensor, leaf
 from .rows import Expansion, RowClass, RowInstance, apply_split
 
-__all__ = ["Bound", "SourceSide", "StoredOutput", "TargetSide", "Units", "Wanted", "place", "check_units", "resolve", "stored_bytes", "targets"]
+__all__ = [
+    "Bound",
+    "SourceSide",
+    "StoredOutput",
+    "TargetSide",
+    "Units",
+    "Wanted",
+    "check_units",
+    "place",
+    "resolve",
+    "stored_bytes",
+    "targets",
+]
 
 Shape = tuple[int, ...]
 Units = Mapping[tuple[int, int], Mapping[str, StoredTensor]]
@@ -165,14 +177,21 @@ def _look_up(
             if row.alias and not stored:
                 return None
             raise MissingTensorError(
-                "a tensor is missing", tensor=instance.name, file=_file_of(units[key]),
-                expected=f"shape {row.shards[row.shard_of(tp)].shape} on rank {rank}", actual="not there",
-            )  # fmt: skip
+                "a tensor is missing",
+                tensor=instance.name,
+                file=_file_of(units[key]),
+                expected=f"shape {row.shards[row.shard_of(tp)].shape} on rank {rank}",
+                actual="not there",
+            )
         shape = row.shards[tp // row.split.repeat].shape
         if found.shape != shape:
-            raise ShapeMismatchError("a tensor's shape is not what the config implies", tensor=found.name, file=found.file, expected=shape, actual=found.shape)
+            raise ShapeMismatchError(
+                "a tensor's shape is not what the config implies", tensor=found.name, file=found.file, expected=shape, actual=found.shape
+            )
         if stored and found.dtype != stored[0].dtype:
-            raise ShapeMismatchError("ranks hold one tensor in several dtypes", tensor=found.name, file=found.file, expected=stored[0].dtype, actual=found.dtype)
+            raise ShapeMismatchError(
+                "ranks hold one tensor in several dtypes", tensor=found.name, file=found.file, expected=stored[0].dtype, actual=found.dtype
+            )
         taken[key].add(instance.name)
         stored.append(found)
     return stored
@@ -198,9 +217,13 @@ def _account(
             if reason is None:
                 near = difflib.get_close_matches(name, sorted({i.name for i in expansion.instances})[:20_000], n=1)
                 raise UnknownTensorError(
-                    f"no rule of dialect {dialect!r} names this tensor", tensor=name, file=tensor.file, actual=f"{tensor.dtype} {tensor.shape}",
-                    remedy=(f"Nearest rule: {near[0]}. " if near else "") + "Leave it out with --drop PATTERN, or bring a table with --family",
-                )  # fmt: skip
+                    f"no rule of dialect {dialect!r} names this tensor",
+                    tensor=name,
+                    file=tensor.file,
+                    actual=f"{tensor.dtype} {tensor.shape}",
+                    remedy=(f"Nearest rule: {near[0]}. " if near else "")
+                    + "Leave it out with --drop PATTERN, or bring a table with --family",
+                )
             side.dropped.append(Dropped(name, reason))
 
 
@@ -226,9 +249,11 @@ def targets(
         for name in instance.hub[1:]:
             if source.dtype(name) != before or cast(instance, name, before) != after:
                 raise UnsupportedError(
-                    "tensors that the target joins have different dtypes", tensor=instance.name,
-                    actual={n: source.dtype(n) for n in instance.hub}, remedy="Cast them with --dtype",
-                )  # fmt: skip
+                    "tensors that the target joins have different dtypes",
+                    tensor=instance.name,
+                    actual={n: source.dtype(n) for n in instance.hub},
+                    remedy="Cast them with --dtype",
+                )
         taken = scheme is not None and scheme.takes(instance.hub[0], row.shapes[0], after)
         key = (instance.row, before, after, taken)
         if key not in seen:
@@ -260,12 +285,16 @@ def _target_bound(row: RowClass, before: str, after: str, scheme: Scheme | None)
             f"scheme {scheme.name!r} cannot quantise a fused or padded tensor", tensor=row.label, remedy="Use --dialect huggingface"
         )
     if after != before:
-        raise UnsupportedError("a cast and a quantisation of one tensor at once are not offered", tensor=row.label, remedy="Leave out --dtype")
+        raise UnsupportedError(
+            "a cast and a quantisation of one tensor at once are not offered", tensor=row.label, remedy="Leave out --dtype"
+        )
     outputs = []
     for out in scheme.outputs(row.label, row.shapes[0], after):
         whole = leaf(0, out.shape)
         split = row.split if row.split.axis is None or out.shape[row.split.axis] > 1 else Split(None, 1, row.split.parts * row.split.repeat)
-        outputs.append(StoredOutput(out.name.removeprefix(row.label), out.dtype, out.shape, out.ratio, split, tuple(apply_split(whole, split))))
+        outputs.append(
+            StoredOutput(out.name.removeprefix(row.label), out.dtype, out.shape, out.ratio, split, tuple(apply_split(whole, split)))
+        )
     op = ValueOp(scheme.name, scheme.kernel, scheme.block(row.shapes[0]), scheme.scratch())
     return Bound(row, before, outputs=tuple(outputs), op=op)
 
@@ -303,6 +332,7 @@ def check_units(units: Units, layout: Layout, dialect: Dialect, format_name: str
     for rank, chunk in sorted(wanted ^ set(units)):
         what = f"rank {rank} {layout.coordinates(rank)}" if rank < layout.ranks else f"rank {rank}"
         raise CheckpointError(
-            f"the {format_name} checkpoint does not have the ranks of its layout", expected=f"{layout.ranks} ranks ({axes})",
+            f"the {format_name} checkpoint does not have the ranks of its layout",
+            expected=f"{layout.ranks} ranks ({axes})",
             actual=f"{what} is {'missing' if (rank, chunk) in wanted else 'too many'}",
-        )  # fmt: skip
+        )

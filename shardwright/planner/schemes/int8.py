@@ -25,7 +25,12 @@ class Int8:
     kernel = "shardwright.executors.kernels:quantise_int8_channel"
 
     def takes(self, name: str, shape: Shape, dtype: str) -> bool:
-        return len(shape) == 2 and name.startswith("model.layers.") and name.endswith("_proj.weight") and dtype in ("bfloat16", "float16", "float32")
+        return (
+            len(shape) == 2
+            and name.startswith("model.layers.")
+            and name.endswith("_proj.weight")
+            and dtype in ("bfloat16", "float16", "float32")
+        )
 
     def outputs(self, name: str, shape: Shape, dtype: str) -> Sequence[SchemeOutput]:
         rows, columns = shape
@@ -42,7 +47,13 @@ class Int8:
             "num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None, "dynamic": False,
             "actorder": None, "block_structure": None, "observer": "minmax", "observer_kwargs": {},
         }  # fmt: skip
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None, "format": "int-quantized"}
+        group = {
+            "targets": ["Linear"],
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+            "format": "int-quantized",
+        }
         return {
             "quant_method": "compressed-tensors",
             "format": "int-quantized",

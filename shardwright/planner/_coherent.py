@@ -1,0 +1,267 @@
+"""What the parts of a saved plan say of each other, checked before anything relies on it.
+
+`check` proves that a plan is a bijection, but takes for granted that the plan is well formed: that indices exist, that
+boxes lie in their tensors, and that aligning a piece is cheap. A plan out of a file has earned none of that.
+
+1. Paths: no target path twice, none that is a folder of another.
+2. Tensors end inside their files; static bytes ascend, and checksum patches lie in them.
+3. Programs: ranks of shapes agree; kernels are those that the planner itself names; every piece is in range and meets
+   no element twice by itself.
+4. Every read ends inside its source file.
+5. Tile boxes lie inside their pivots.
+6. Aligning all pieces takes work in proportion to the plan's own size.
+
+Boundary: pure; raises `PlanError` and nothing else.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from math import gcd, prod
+
+import numpy as np
+
+from ._strict import LIMIT, fail
+from .plan import Bindings, Output, Plan, Program, TargetFile, TensorEntry
+from .schemes import SCHEMES
+from .tensor.dtypes import BY_NAME
+from .tensor.pieces import Box, Piece, _align_once, count, normalise, row_strides
+
+__all__ = ["AXIS_LIMIT", "MAX_AXES", "coherent"]
+
+MAX_AXES = 8
+AXIS_LIMIT = 1 << 26
+"""Longest axis of a pivot: deciding whether two strided boxes meet lists the coordinates of an axis."""
+_FREE_STEPS = 1_000_000
+_STEPS_PER_PIECE = 64
+
+Shape = tuple[int, ...]
+
+
+def coherent(plan: Plan) -> None:
+    """Check the plan's parts against each other.
+
+    Raises
+    ------
+    PlanError
+        Names the field.
+    """
+    _paths(plan)
+    for where, tensors, files in (("source_tensors", plan.source_tensors, plan.source_files), ("target_tensors", plan.target_tensors, plan.target_files)):
+        sizes = [f.nbytes for f in files]
+        for i, tensor in enumerate(tensors):
+            _tensor_inside(tensor, sizes[tensor.file], f"{where}[{i}]")
+    for file in plan.target_files:
+        _static(file)
+    kernels = {"shardwright.executors.kernels:cast", *(scheme.kernel for scheme in SCHEMES)}
+    for number, (program, bound) in enumerate(zip(plan.programs, plan.bindings, strict=True)):
+        _program(program, bound, f"programs[{number}]", kernels)
+        _reads(plan, program, bound, f"programs[{number}]")
+    _tiles(plan)
+    _affordable(plan)
+
+
+def _paths(plan: Plan) -> None:
+    paths = [f.path for f in plan.target_files] + [to for _, to in plan.copies]
+    taken = set(paths)
+    if len(taken) != len(paths):
+        fail("target_files.path", "names a file twice", actual=next(p for p in paths if paths.count(p) > 1))
+    for name in paths:
+        parts = name.split("/")
+        if any("/".join(parts[:k]) in taken for k in range(1, len(parts))):
+            fail("target_files.path", "has a file where a folder must be", actual=name)
+    if len({f.path for f in plan.source_files}) != len(plan.source_files):
+        fail("source_files.path", "names a file twice")
+
+
+def _nbytes(dtype: str, shape: Shape, where: str) -> int:
+    bits = prod(shape) * BY_NAME[dtype].bits
+    if bits % 8:
+        fail(where, "does not fill whole bytes")
+    return bits // 8
+
+
+def _tensor_inside(tensor: TensorEntry, file_bytes: int, where: str) -> None:
+    nbytes = _nbytes(tensor.dtype, tensor.shape, where)
+    # A strided view may repeat elements; what is read of it is checked piece by piece.
+    if tensor.contiguous and tensor.offset + nbytes > file_bytes:
+        fail(where, "ends behind its file", expected=f"at most {file_bytes}", actual=tensor.offset + nbytes)
+
+
+def _static(file: TargetFile) -> None:
+    end = 0
+    starts = [offset for offset, _ in file.static]
+    for offset, data in file.static:
+        if offset < end or not data:
+            fail("target_files.static", "is not ascending and disjoint", actual=f"{file.path} at {offset}")
+        end = offset + len(data)
+    if end > file.nbytes:
+        fail("target_files.static", "ends behind its file", actual=file.path)
+    for crc in file.crcs:
+        if crc.offset + crc.nbytes > file.nbytes:
+            fail("target_files.crcs", "ends behind its file", actual=file.path)
+        for patch in crc.patches:
+            k = bisect_right(starts, patch) - 1
+            if k < 0 or patch + 4 > starts[k] + len(file.static[k][1]):
+                fail("target_files.crcs", "patches bytes that are not static", actual=f"{file.path} at {patch}")
+
+
+def _program(program: Program, bound: Bindings, where: str, kernels: set[str]) -> None:
+    size, axes = prod(program.shape), len(program.shape)
+    sources, targets = bound.source_file.shape[1], bound.target_file.shape[1]
+    if not BY_NAME[program.dtype].itemsize:
+        fail(f"{where}.dtype", "is packed below a byte", actual=program.dtype)
+    if len(set(program.cut)) != len(program.cut) or any(axis >= axes for axis in program.cut):
+        fail(f"{where}.cut", "is not a list of axes", actual=program.cut)
+    if size and not sources:
+        fail(f"{where}.gather", "has no source operand")
+    for piece in (*program.gather, *(p for r in program.replicas for p in r)):
+        _piece(piece, f"{where}.gather", sources, size)
+    for piece in program.padding:
+        _region(piece, f"{where}.padding", sources)
+    if program.op is None:
+        if len(program.outputs) != 1 or program.outputs[0].dtype != program.dtype:
+            fail(f"{where}.outputs", "of a plain copy is not one tensor of its dtype")
+    elif program.op.kernel not in kernels or len(program.op.block) != axes:
+        fail(f"{where}.op", "is not a value op of this version", actual=program.op.kernel[:80])
+    for k, output in enumerate(program.outputs):
+        _output(program, output, targets, f"{where}.outputs[{k}]")
+
+
+def _output(program: Program, output: Output, operands: int, where: str) -> None:
+    if len(output.ratio) != len(program.shape) or len(output.shape) != len(program.shape):
+        fail(where, "has another number of axes than its pivot")
+    wanted = tuple(-(-n // r) for n, r in zip(program.shape, output.ratio, strict=True))
+    if output.shape != wanted or (program.op is None and output.shape != program.shape):
+        fail(f"{where}.shape", "is not the pivot's over its ratio", expected=wanted, actual=output.shape)
+    if not BY_NAME[output.dtype].itemsize:
+        fail(f"{where}.dtype", "is packed below a byte", actual=output.dtype)
+    for piece in output.scatter:
+        _piece(piece, f"{where}.scatter", operands, prod(output.shape))
+        _distinct([(n, s) for n, _, s in piece.dims], f"{where}.scatter")
+    for piece in output.zeros:
+        _region(piece, f"{where}.zeros", operands)
+
+
+def _piece(piece: Piece, where: str, operands: int, size: int) -> None:
+    """In range on the side that is `size` long, and no element of that side twice."""
+    if not 0 <= piece.slot < operands:
+        fail(where, "names an operand that does not exist", expected=f"0 … {operands - 1}", actual=piece.slot)
+    if any(n < 1 or d < 1 for n, d, _ in piece.dims):
+        fail(where, "has an extent or stride below 1", actual=piece.dims)
+    _distinct([(n, d) for n, d, _ in piece.dims], where)
+    last = piece.dst_off + sum((n - 1) * d for n, d, _ in piece.dims)
+    if piece.dst_off < 0 or last >= size:
+        fail(where, "leaves its tensor", expected=f"0 … {size - 1}", actual=f"{piece.dst_off} … {last}")
+
+
+def _region(piece: Piece, where: str, operands: int) -> None:
+    if not 0 <= piece.slot < operands:
+        fail(where, "names an operand that does not exist", expected=f"0 … {operands - 1}", actual=piece.slot)
+    if any(n < 1 or d != 0 for n, d, _ in piece.dims):
+        fail(where, "is not a region of an operand", actual=piece.dims)
+    _distinct([(n, s) for n, _, s in piece.dims], where)
+
+
+def _distinct(dims: Sequence[tuple[int, int]], where: str) -> None:
+    """Each stride steps over everything that the smaller ones reach, so no element is met twice."""
+    span = 0
+    for extent, stride in sorted(((n, abs(s)) for n, s in dims), key=lambda d: d[1]):
+        if extent > 1 and stride <= span:
+            fail(where, "meets an element twice", actual=list(dims))
+        span += (extent - 1) * stride
+        if span > LIMIT:
+            fail(where, "leaves its tensor", actual=list(dims))
+
+
+def _reads(plan: Plan, program: Program, bound: Bindings, where: str) -> None:
+    """The last byte that each operand's pieces read lies inside the operand's file."""
+    itemsize = BY_NAME[program.dtype].itemsize
+    last: dict[int, int] = {}
+    for piece in (*program.gather, *(p for r in program.replicas for p in r), *program.padding):
+        low = piece.src_off + sum((n - 1) * min(s, 0) for n, _, s in piece.dims)
+        high = piece.src_off + sum((n - 1) * max(s, 0) for n, _, s in piece.dims)
+        if low < 0 or high > LIMIT:
+            fail(where, "reads outside its source tensor", actual=low if low < 0 else high)
+        last[piece.slot] = max(last.get(piece.slot, 0), high)
+    sizes = np.array([f.nbytes for f in plan.source_files], dtype=np.int64)
+    for operand, high in last.items():
+        room = sizes[bound.source_file[:, operand]] - bound.source_offset[:, operand]
+        if len(room) and int(room.min()) < (high + 1) * itemsize:
+            fail(where, "reads past the end of a source file", expected=f"at most {int(room.min())} bytes", actual=(high + 1) * itemsize)
+
+
+def _tiles(plan: Plan) -> None:
+    tiles = plan.tiles
+    rows = np.array([len(b.names) for b in plan.bindings], dtype=np.int64)
+    extents = np.zeros((len(plan.programs), 2), dtype=np.int64)
+    for number, program in enumerate(plan.programs):
+        for k, axis in enumerate(program.cut):
+            extents[number, k] = program.shape[axis]
+    if (tiles.row >= rows[tiles.program]).any():
+        fail("tiles.row", "names a row that its program does not have")
+    limit = extents[tiles.program]
+    # Unused columns are 0 … 0; a used one holds something unless its axis is empty.
+    if ((tiles.lo > tiles.hi) | (tiles.hi > limit) | ((tiles.lo == tiles.hi) & (limit > 0))).any():
+        fail("tiles.lo", "and tiles.hi are no boxes of their pivots")
+
+
+def _affordable(plan: Plan) -> None:
+    """Aligning every piece, as `check` will, takes a number of steps in proportion to the plan."""
+    pieces = sum(len(p.gather) + sum(map(len, p.replicas)) + sum(len(o.scatter) + len(o.zeros) for o in p.outputs) for p in plan.programs)
+    left = _FREE_STEPS + _STEPS_PER_PIECE * pieces
+    shapes = {(t.file, t.offset): t.shape for t in plan.target_tensors if prod(t.shape)}
+    for number, (program, bound) in enumerate(zip(plan.programs, plan.bindings, strict=True)):
+        where = f"programs[{number}]"
+        left = _spend(program.gather, program.shape, left, f"{where}.gather")
+        for replica in program.replicas:
+            left = _spend(replica, program.shape, left, f"{where}.replicas")
+        for output in program.outputs:
+            left = _spend(output.scatter, output.shape, left, f"{where}.outputs")
+            left = _spend_targets(output, bound, shapes, left, f"{where}.outputs")
+
+
+def _spend_targets(output: Output, bound: Bindings, shapes: dict[tuple[int, int], Shape], left: int, where: str) -> int:
+    """The same pieces in the coordinates of the target tensors that they fill."""
+    by_operand: dict[int, list[Piece]] = {}
+    for p in (*output.scatter, *output.zeros):
+        by_operand.setdefault(p.slot, []).append(Piece(0, p.src_off, p.dst_off, tuple((n, s, d) for n, d, s in p.dims)))
+    for operand, pieces in by_operand.items():
+        places = zip(bound.target_file[:, operand].tolist(), bound.target_offset[:, operand].tolist(), strict=True)
+        for shape in {shapes.get(place) for place in places} - {None}:
+            assert shape is not None
+            for piece in pieces:
+                low = piece.dst_off + sum((n - 1) * min(d, 0) for n, d, _ in piece.dims)
+                high = piece.dst_off + sum((n - 1) * max(d, 0) for n, d, _ in piece.dims)
+                if low < 0 or high >= prod(shape):
+                    fail(where, "leaves its target tensor", expected=f"0 … {prod(shape) - 1}", actual=f"{low} … {high}")
+            left = _spend(pieces, shape, left, where)
+    return left
+
+
+def _spend(pieces: Iterable[Piece], shape: Shape, left: int, where: str) -> int:
+    """`align`, counted: what is left of the steps after these pieces."""
+    strides = row_strides(shape)
+    axes = [k for k, extent in enumerate(shape) if extent > 1]
+    for first in pieces:
+        work = [normalise(first)]
+        while work:
+            piece = work.pop()
+            left -= 1 + _unrolled(piece, strides, axes)
+            if left < 0:
+                fail(where, "is too ragged for its size", actual=f"{count(first)} elements")
+            found = _align_once(piece, shape, strides, axes)
+            if not isinstance(found, Box):
+                work.extend(found)
+    return left
+
+
+def _unrolled(piece: Piece, strides: Shape, axes: Sequence[int]) -> int:
+    """Pieces into which one step of `align` may unroll a diagonal dim."""
+    most = 0
+    for extent, dst, _ in piece.dims:
+        stride = next(strides[k] for k in axes if strides[k] <= dst)
+        if dst % stride:
+            most = max(most, min(extent, stride // gcd(dst, stride)))
+    return most
