@@ -48,7 +48,8 @@ def coherent(plan: Plan) -> None:
         Names the field.
     """
     _paths(plan)
-    for where, tensors, files in (("source_tensors", plan.source_tensors, plan.source_files), ("target_tensors", plan.target_tensors, plan.target_files)):
+    sides = (("source_tensors", plan.source_tensors, plan.source_files), ("target_tensors", plan.target_tensors, plan.target_files))
+    for where, tensors, files in sides:
         sizes = [f.nbytes for f in files]
         for i, tensor in enumerate(tensors):
             _tensor_inside(tensor, sizes[tensor.file], f"{where}[{i}]")

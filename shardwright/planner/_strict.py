@@ -17,7 +17,9 @@ from typing import Any, NoReturn
 
 from ..errors import PlanError
 
-__all__ = ["LIMIT", "column", "fail", "flag", "index_column", "items", "path", "pick", "plain", "record", "text", "texts", "unpack", "whole"]
+__all__ = [
+    "LIMIT", "column", "fail", "flag", "index_column", "items", "path", "pick", "plain", "record", "text", "texts", "unpack", "whole",
+]  # fmt: skip
 
 LIMIT = 1 << 60
 """No number of a plan is larger: offsets, sizes and their sums stay far below 63 bits."""

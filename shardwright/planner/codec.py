@@ -9,7 +9,7 @@ Writing:
 
 Reading trusts nothing: a saved plan may have been edited, cut short or made to harm.
 
-1. Every field is read with its type, range and length checked (`_strict`); unknown and missing keys are refused.
+1. Every field is read with its type, range and length checked (`_saved`, `_strict`); unknown keys are refused.
 2. `coherent` checks what the parts say of each other: indices, paths, reads inside files, cost of proving the plan.
 3. The plan hash is computed again and compared, and `check` proves the plan.
 
@@ -25,44 +25,23 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from ..errors import PlanError, UsageError
-from ._coherent import AXIS_LIMIT, MAX_AXES, coherent
-from ._strict import LIMIT, column, fail, flag, index_column, items, path, pick, plain, record, text, texts, unpack, whole
+from ._saved import TENSOR_COLUMNS, TILE_COLUMNS, SavedPlan, read
 from .containers._untrusted import STRICT
-from .containers.base import Crc
-from .layout import Layout
-from .passes.build import Request, plan_hash
+from .passes.build import plan_hash
 from .passes.check import check
-from .plan import PLAN_FORMAT, Bindings, Dropped, Ints, Output, Plan, Program, SourceFile, TargetFile, TensorEntry, Tiles, ValueOp
-from .tensor.dtypes import BY_NAME
+from .plan import PLAN_FORMAT, Bindings, Plan, Program, TargetFile, TensorEntry, Tiles
 from .tensor.pieces import Piece
 
 __all__ = ["SavedPlan", "from_json", "load", "save", "to_json"]
 
 _LARGEST_FILE = 4 << 30
-_LARGEST_STATIC = 1 << 30
 _COMPRESS_FROM = 4096
-_MAX_DIMS = 16
-_SUMMARY = ("source_format", "source_layout", "family", "target_format", "target_layout")
-_TENSOR_COLUMNS = ("name", "rank", "kind", "file", "offset", "contiguous")
-_TILE_COLUMNS = ("first", "program", "row", "lo0", "lo1", "hi0", "hi1", "requests", "bytes_read", "bytes_written")
-_TOP = (
-    "plan_format", "plan_hash", "recipe", "source_root", "target_root", "summary", "source_files", "target_files", "copies", "copied_bytes",
-    "names", "kinds", "programs", "bindings", "tiles", "source_tensors", "target_tensors", "dropped", "warnings",
-)  # fmt: skip
-
-
-class SavedPlan(NamedTuple):
-    """What a plan file holds: the plan, and the folder it was made for (None if none was named)."""
-
-    plan: Plan
-    target_root: str | None
 
 
 def to_json(plan: Plan, *, target_root: str | None) -> dict[str, Any]:
@@ -105,7 +84,7 @@ def from_json(value: object) -> Plan:
     PlanError
         Names the field and what is wrong with it.
     """
-    return _read(value).plan
+    return _proven(value).plan
 
 
 def save(plan: Plan, file: str | os.PathLike[str], *, target_root: str | None = None) -> None:
@@ -147,10 +126,16 @@ def load(file: str | os.PathLike[str]) -> SavedPlan:
         value = STRICT.decode(data.decode())
     except (ValueError, RecursionError) as error:
         raise PlanError("the plan is not valid JSON", file=file, actual=str(error)[:200], remedy="Plan again") from None
-    return _read(value)
+    return _proven(value)
 
 
-# ---------------------------------------------------------------------------------------------------------- writing
+def _proven(value: object) -> SavedPlan:
+    saved = read(value)
+    try:
+        check(saved.plan)
+    except MemoryError:
+        raise PlanError("the saved plan is too ragged to be proven in this memory", remedy="Plan again") from None
+    return saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +155,7 @@ class _Tables:
 def _column(values: Iterable[int]) -> list[int] | dict[str, list[int]]:
     """The values or their differences, whichever is shorter as text."""
     found = list(values)
-    delta = found[:1] + [b - a for a, b in zip(found, found[1:], strict=False)]
+    delta = found[:1] + [b - a for a, b in pairwise(found)]
     return {"delta": delta} if len(str(delta)) + 10 < len(str(found)) else found
 
 
@@ -233,7 +218,7 @@ def _tiles(tiles: Tiles) -> dict[str, Any]:
         tiles.first, tiles.program, tiles.row, tiles.lo[:, 0], tiles.lo[:, 1], tiles.hi[:, 0], tiles.hi[:, 1], tiles.requests,
         tiles.bytes_read, tiles.bytes_written,
     )  # fmt: skip
-    return {key: _column(array.tolist()) for key, array in zip(_TILE_COLUMNS, arrays, strict=True)}
+    return {key: _column(array.tolist()) for key, array in zip(TILE_COLUMNS, arrays, strict=True)}
 
 
 def _tensors(tensors: Sequence[TensorEntry], tables: _Tables) -> dict[str, Any]:
@@ -241,249 +226,4 @@ def _tensors(tensors: Sequence[TensorEntry], tables: _Tables) -> dict[str, Any]:
         (tables.name(t.name) for t in tensors), (t.rank for t in tensors), (tables.kind(t) for t in tensors), (t.file for t in tensors),
         (t.offset for t in tensors), (int(t.contiguous) for t in tensors),
     )  # fmt: skip
-    return {key: _column(values) for key, values in zip(_TENSOR_COLUMNS, columns, strict=True)}
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-def _read(value: object) -> SavedPlan:
-    if type(value) is dict and value.get("plan_format", PLAN_FORMAT) != PLAN_FORMAT:
-        fail("plan_format", "is not this version's", expected=PLAN_FORMAT, actual=repr(value["plan_format"])[:80])
-    top = record(value, "top", _TOP)
-    whole(top["plan_format"], "plan_format", PLAN_FORMAT, PLAN_FORMAT)
-    names = texts(top["names"], "names")
-    kinds = [_kind(k, f"kinds[{i}]") for i, k in enumerate(items(top["kinds"], "kinds"))]
-    sources = _read_sources(top["source_files"])
-    targets = _read_targets(top["target_files"])
-    copies = [items(c, f"copies[{i}]", 2) for i, c in enumerate(items(top["copies"], "copies"))]
-    programs = tuple(_read_program(p, f"programs[{i}]") for i, p in enumerate(items(top["programs"], "programs")))
-    bindings = tuple(
-        _read_bindings(b, f"bindings[{i}]", names, len(sources), len(targets))
-        for i, b in enumerate(items(top["bindings"], "bindings", len(programs)))
-    )
-    dropped = [texts(items(d, f"dropped[{i}]", 2), f"dropped[{i}]") for i, d in enumerate(items(top["dropped"], "dropped"))]
-    plan = Plan(
-        recipe=_read_recipe(top["recipe"]),
-        source_root=_root(top["source_root"], "source_root"),
-        summary=_read_summary(top["summary"]),
-        source_files=sources,
-        target_files=targets,
-        copies=tuple((path(a, f"copies[{i}]"), path(b, f"copies[{i}]")) for i, (a, b) in enumerate(copies)),
-        programs=programs,
-        bindings=bindings,
-        tiles=_read_tiles(top["tiles"], programs, bindings),
-        source_tensors=_read_tensors(top["source_tensors"], "source_tensors", names, kinds, len(sources)),
-        target_tensors=_read_tensors(top["target_tensors"], "target_tensors", names, kinds, len(targets)),
-        dropped=tuple(Dropped(name, reason) for name, reason in dropped),
-        warnings=tuple(texts(top["warnings"], "warnings")),
-        copied_bytes=whole(top["copied_bytes"], "copied_bytes"),
-    )
-    target_root = None if top["target_root"] is None else _root(top["target_root"], "target_root")
-    coherent(plan)
-    found = plan_hash(plan)
-    if text(top["plan_hash"], "plan_hash") != found:
-        fail("plan_hash", "does not belong to this plan", expected=found, actual=top["plan_hash"][:80])
-    try:
-        check(plan)
-    except MemoryError:
-        fail("programs", "are too ragged to be proven in this memory")
-    return SavedPlan(plan, target_root)
-
-
-def _root(value: object, where: str) -> str:
-    found = text(value, where, 4096)
-    if not os.path.isabs(found) or "\0" in found:
-        fail(where, "is not an absolute path", actual=repr(found[:200]))
-    return found
-
-
-_REQUEST_KINDS = {"str": str, "int": int, "bool": bool}
-
-
-def _read_recipe(value: object) -> dict[str, Any]:
-    """The recipe: plain values; those that a `Request` takes have its types."""
-    if type(value) is not dict:
-        fail("recipe", "is not an object", actual=type(value).__name__)
-    plain(value, "recipe")
-    for field in fields(Request):
-        where = f"recipe.{field.name}"
-        if field.name not in value:
-            fail("recipe", f"lacks the key {field.name!r}")
-        found, kind = value[field.name], str(field.type)
-        if found is None and kind.endswith("| None"):
-            continue
-        kind = kind.removesuffix(" | None")
-        if kind == "Layout":
-            _layout(found, where)
-        elif kind.startswith("tuple[str"):
-            texts(found, where)
-        elif kind in _REQUEST_KINDS and type(found) is not _REQUEST_KINDS[kind]:
-            fail(where, "has the wrong type", expected=kind, actual=type(found).__name__)
-    return value
-
-
-def _read_summary(value: object) -> dict[str, Any]:
-    found = record(value, "summary", _SUMMARY)
-    for key in _SUMMARY:
-        _layout(found[key], f"summary.{key}") if key.endswith("_layout") else text(found[key], f"summary.{key}")
-    return found
-
-
-def _layout(value: object, where: str) -> None:
-    found = record(value, where, (f.name for f in fields(Layout)))
-    for axis, size in found.items():
-        if axis == "stages":
-            if size is not None:
-                column(items(size, f"{where}.stages"), f"{where}.stages")
-        elif axis != "etp" or size is not None:
-            whole(size, f"{where}.{axis}", 1)
-    try:
-        Layout.from_json(found)
-    except ValueError as error:
-        fail(where, f"is no layout ({error})")
-
-
-def _kind(value: object, where: str) -> tuple[str, tuple[int, ...]]:
-    dtype, shape = items(value, where, 2)
-    return pick(dtype, where, BY_NAME), _shape(shape, where, LIMIT)
-
-
-def _shape(value: object, where: str, longest: int = AXIS_LIMIT) -> tuple[int, ...]:
-    shape = tuple(column(items(value, where, most=MAX_AXES), where, high=longest))
-    elements = 1
-    for extent in shape:
-        elements *= extent
-        if elements > LIMIT:
-            fail(where, "has too many elements")
-    return shape
-
-
-def _read_sources(value: object) -> tuple[SourceFile, ...]:
-    found = record(value, "source_files", ("path", "nbytes", "mtime_ns", "header_digest"))
-    paths = [path(p, f"source_files.path[{i}]") for i, p in enumerate(items(found["path"], "source_files.path"))]
-    nbytes = column(found["nbytes"], "source_files.nbytes", len(paths))
-    mtimes = column(found["mtime_ns"], "source_files.mtime_ns", len(paths), -8 * LIMIT, 8 * LIMIT - 1)
-    digests = texts(items(found["header_digest"], "source_files.header_digest", len(paths)), "source_files.header_digest", 256)
-    return tuple(map(SourceFile, paths, nbytes, mtimes, digests))
-
-
-def _read_targets(value: object) -> tuple[TargetFile, ...]:
-    found = record(value, "target_files", ("path", "nbytes", "static", "crcs"))
-    paths = [path(p, f"target_files.path[{i}]") for i, p in enumerate(items(found["path"], "target_files.path"))]
-    nbytes = column(found["nbytes"], "target_files.nbytes", len(paths))
-    static: list[list[tuple[int, bytes]]] = [[] for _ in paths]
-    for file, offset, data in _read_static(found["static"], len(paths)):
-        static[file].append((offset, data))
-    crcs: list[list[Crc]] = [[] for _ in paths]
-    for file, crc in _read_crcs(found["crcs"], len(paths)):
-        crcs[file].append(crc)
-    return tuple(TargetFile(p, n, tuple(s), tuple(c)) for p, n, s, c in zip(paths, nbytes, static, crcs, strict=True))
-
-
-def _read_static(value: object, files: int) -> list[tuple[int, int, bytes]]:
-    where = "target_files.static"
-    found = record(value, where, ("file", "offset", "nbytes", "data"))
-    numbers = index_column(found["file"], f"{where}.file", files)
-    offsets = column(found["offset"], f"{where}.offset", len(numbers))
-    sizes = column(found["nbytes"], f"{where}.nbytes", len(numbers))
-    if sum(sizes) > _LARGEST_STATIC:
-        fail(where, "is larger than 1 GiB", actual=sum(sizes))
-    data = unpack(found["data"], f"{where}.data", sum(sizes))
-    ends = np.cumsum([0, *sizes]).tolist()
-    return [(i, offset, data[a:b]) for i, offset, a, b in zip(numbers, offsets, ends, ends[1:], strict=False)]
-
-
-def _read_crcs(value: object, files: int) -> list[tuple[int, Crc]]:
-    where = "target_files.crcs"
-    found = record(value, where, ("file", "offset", "nbytes", "patches", "patch"))
-    numbers = index_column(found["file"], f"{where}.file", files)
-    offsets, sizes, counts = (column(found[key], f"{where}.{key}", len(numbers)) for key in ("offset", "nbytes", "patches"))
-    patches = column(found["patch"], f"{where}.patch", sum(counts))
-    ends = np.cumsum([0, *counts]).tolist()
-    return [(i, Crc(o, n, tuple(patches[a:b]))) for i, o, n, a, b in zip(numbers, offsets, sizes, ends, ends[1:], strict=False)]
-
-
-def _read_program(value: object, where: str) -> Program:
-    found = record(value, where, ("label", "dtype", "shape", "gather", "replicas", "padding", "op", "outputs", "cut", "whole"))
-    return Program(
-        text(found["label"], f"{where}.label"),
-        pick(found["dtype"], f"{where}.dtype", BY_NAME),
-        _shape(found["shape"], f"{where}.shape"),
-        _read_pieces(found["gather"], f"{where}.gather"),
-        tuple(_read_pieces(r, f"{where}.replicas") for r in items(found["replicas"], f"{where}.replicas")),
-        _read_pieces(found["padding"], f"{where}.padding"),
-        None if found["op"] is None else _read_op(found["op"], f"{where}.op"),
-        tuple(_read_output(o, f"{where}.outputs[{i}]") for i, o in enumerate(items(found["outputs"], f"{where}.outputs", most=16))),
-        tuple(column(items(found["cut"], f"{where}.cut", most=2), f"{where}.cut", high=MAX_AXES)),
-        flag(found["whole"], f"{where}.whole"),
-    )
-
-
-def _read_op(value: object, where: str) -> ValueOp:
-    found = record(value, where, ("name", "kernel", "block", "scratch"))
-    block = tuple(column(items(found["block"], f"{where}.block", most=MAX_AXES), f"{where}.block"))
-    return ValueOp(text(found["name"], f"{where}.name"), text(found["kernel"], f"{where}.kernel"), block, whole(found["scratch"], f"{where}.scratch", 0, 4096))
-
-
-def _read_output(value: object, where: str) -> Output:
-    found = record(value, where, ("dtype", "shape", "ratio", "scatter", "zeros"))
-    return Output(
-        pick(found["dtype"], f"{where}.dtype", BY_NAME),
-        _shape(found["shape"], f"{where}.shape"),
-        tuple(column(items(found["ratio"], f"{where}.ratio", most=MAX_AXES), f"{where}.ratio", low=1)),
-        _read_pieces(found["scatter"], f"{where}.scatter"),
-        _read_pieces(found["zeros"], f"{where}.zeros"),
-    )
-
-
-def _read_pieces(value: object, where: str) -> tuple[Piece, ...]:
-    pieces = []
-    for i, piece in enumerate(items(value, where)):
-        numbers = column(items(piece, f"{where}[{i}]", most=3 + 3 * _MAX_DIMS), f"{where}[{i}]", low=-LIMIT)
-        if len(numbers) < 3 or len(numbers) % 3:
-            fail(f"{where}[{i}]", "has the wrong length", actual=len(numbers))
-        dims = tuple((numbers[k], numbers[k + 1], numbers[k + 2]) for k in range(3, len(numbers), 3))
-        pieces.append(Piece(numbers[0], numbers[1], numbers[2], dims))
-    return tuple(pieces)
-
-
-def _read_bindings(value: object, where: str, names: Sequence[str], sources: int, targets: int) -> Bindings:
-    found = record(value, where, ("names", "source_file", "source_offset", "target_file", "target_offset"))
-    rows = index_column(found["names"], f"{where}.names", len(names))
-    columns = []
-    for side, files in (("source", sources), ("target", targets)):
-        numbers = items(found[f"{side}_file"], f"{where}.{side}_file")
-        offsets = items(found[f"{side}_offset"], f"{where}.{side}_offset", len(numbers))
-        columns.append(_table([index_column(c, f"{where}.{side}_file", files, len(rows)) for c in numbers], len(rows)))
-        columns.append(_table([column(c, f"{where}.{side}_offset", len(rows)) for c in offsets], len(rows)))
-    return Bindings(tuple(names[i] for i in rows), *columns)
-
-
-def _table(columns: list[list[int]], rows: int) -> Ints:
-    return np.ascontiguousarray(np.array(columns, dtype=np.int64).reshape(len(columns), rows).T)
-
-
-def _read_tiles(value: object, programs: Sequence[Program], bindings: Sequence[Bindings]) -> Tiles:
-    found = record(value, "tiles", _TILE_COLUMNS)
-    program = index_column(found["program"], "tiles.program", len(programs))
-    first = index_column(found["first"], "tiles.first", len(program) + 1)
-    if not first or first[0] != 0 or first[-1] != len(program) or any(a >= b for a, b in zip(first, first[1:], strict=False)):
-        fail("tiles.first", "does not ascend from 0 to the number of items")
-    row, lo0, lo1, hi0, hi1 = (column(found[key], f"tiles.{key}", len(program)) for key in ("row", "lo0", "lo1", "hi0", "hi1"))
-    sums = [column(found[key], f"tiles.{key}", len(first) - 1) for key in ("requests", "bytes_read", "bytes_written")]
-    arrays = [np.array(c, dtype=np.int64) for c in (first, program, row, *sums)]
-    lo, hi = (_table(pair, len(program)) for pair in ([lo0, lo1], [hi0, hi1]))
-    return Tiles(arrays[0], arrays[1], arrays[2], lo, hi, *arrays[3:])
-
-
-def _read_tensors(value: object, where: str, names: Sequence[str], kinds: Sequence[tuple[str, tuple[int, ...]]], files: int) -> tuple[TensorEntry, ...]:
-    found = record(value, where, _TENSOR_COLUMNS)
-    name = index_column(found["name"], f"{where}.name", len(names))
-    rows = len(name)
-    rank, offset = column(found["rank"], f"{where}.rank", rows), column(found["offset"], f"{where}.offset", rows)
-    kind, file = index_column(found["kind"], f"{where}.kind", len(kinds), rows), index_column(found["file"], f"{where}.file", files, rows)
-    contiguous = index_column(found["contiguous"], f"{where}.contiguous", 2, rows)
-    return tuple(
-        TensorEntry(names[n], r, *kinds[k], f, o, bool(c)) for n, r, k, f, o, c in zip(name, rank, kind, file, offset, contiguous, strict=True)
-    )
+    return {key: _column(values) for key, values in zip(TENSOR_COLUMNS, columns, strict=True)}
