@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
+from .errors import ReplicaMismatchError, UsageError
 from .planner.config import ModelConfig
 from .planner.containers import CONTAINERS
 from .planner.cost import cost
@@ -437,7 +437,11 @@ class Conversion:
         """Write the plan as one static page."""
         from .planner.report import render
 
-        Path(path).write_text(render(self.plan, self.cost), encoding="utf-8")
+        text = render(self.plan, self.cost)
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError("the page cannot be written", file=path, actual=error.strerror) from None
 
     def save(self, path: PathLike) -> None:
         """Save the plan as JSON; `load_plan` and ``convert --plan`` take it."""
@@ -473,9 +477,22 @@ class Conversion:
 
         if self.out is None:
             raise UsageError("the plan has no target", remedy="Give OUT when planning")
-        return execute(
-            self.plan, self.out, memory=self.memory, workers=self.workers, overwrite=overwrite, progress=progress, scheduler=scheduler
-        )
+        try:
+            return execute(
+                self.plan, self.out, memory=self.memory, workers=self.workers, overwrite=overwrite, progress=progress, scheduler=scheduler
+            )
+        except ReplicaMismatchError as error:
+            raise _with_names(self.plan, error) from None
+
+
+def _with_names(plan: Plan, error: ReplicaMismatchError) -> ReplicaMismatchError:
+    """The error with the stored names of the two copies, where they go by different ones: tied tensors."""
+    names = {(t.file, t.offset): t.name for t in plan.source_tensors}
+    held = dict.fromkeys(names[place] for place in error.places if place in names)
+    if len(held) > 1:
+        error.message += f" ({' and '.join(held)}, which the config ties)"
+        error.remedy = "If they are not tied, set tie_word_embeddings to false in config.json; else find out which copy is right"
+    return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -509,6 +526,9 @@ def verify(
     out: Checkpoint | PathLike,
     source: Checkpoint | PathLike | None = None,
     *,
+    family: str | Family | PathLike | None = None,
+    config: PathLike | Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
     memory: int | str | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -517,18 +537,26 @@ def verify(
 
     Without a source, names, dtypes and shapes are checked against the target's own config and layout.
 
+    Parameters
+    ----------
+    family
+        As for `open`, of both.
+    config, vocab_size
+        As for `open`, of the source; of the target where no source is given.
+
     Raises
     ------
     Refusal
         The target or the source cannot be opened.
     """
-    target = out if isinstance(out, Checkpoint) else open(out)
+    own = (config, vocab_size) if source is None else (None, None)
+    target = out if isinstance(out, Checkpoint) else open(out, family=family, config=own[0], vocab_size=own[1])
     count = sum(len(unit) for unit in target.source.units.values())
     if source is None:
         if target.source.scheme is None:
             read_side(target.source)
         return Verification("names", count, 0, (), (), ())
-    origin = source if isinstance(source, Checkpoint) else open(source)
+    origin = source if isinstance(source, Checkpoint) else open(source, family=family, config=config, vocab_size=vocab_size)
     asked = target.source
     request = Request(asked.format, asked.layout, dialect=asked.dialect.name, container=asked.container, spec=asked.spec)
     located = locate(origin.source, request, asked)

@@ -8,19 +8,25 @@ standard error.
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import rich_click as click
+from click.core import ParameterSource
 from click.exceptions import Exit
 
-from .errors import ShardwrightError, UsageError, VerificationError
+from .errors import LayoutError, ShardwrightError, StoppedError, UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from .api import Checkpoint, Conversion
+    from .api import Checkpoint, Conversion, Verification
     from .executors.execute import Outcome
+    from .planner.layout import Layout
 
 __all__ = ["main"]
 
@@ -74,7 +80,8 @@ class _Root(click.RichGroup):
         words = list(sys.argv[1:] if args is None else args)
         wants_json = "--json" in words
         try:
-            super().main(args=words, prog_name="shardwright", standalone_mode=False)
+            with _terminable():
+                super().main(args=words, prog_name="shardwright", standalone_mode=False)
         except ShardwrightError as error:
             _fail(error, type(error).__name__, str(error), wants_json, error.exit_code)
         except click.ClickException as error:
@@ -82,21 +89,35 @@ class _Root(click.RichGroup):
         except Exit as stop:
             sys.exit(stop.exit_code)
         except (click.Abort, KeyboardInterrupt):
-            _say("[red]stopped[/red]")
-            sys.exit(5)
+            _fail(StoppedError("stopped by SIGINT"), "StoppedError", "stopped by SIGINT; nothing was published", wants_json, 5)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(1)
         sys.exit(0)
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: what was begun is cleaned up, and the exit code is 5."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StoppedError("stopped by SIGTERM; nothing was published", remedy="Run the same command again")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _fail(error: BaseException, kind: str, text: str, wants_json: bool, code: int) -> None:
     if wants_json:
         fields = {k: v for k, v in vars(error).items() if k in ("file", "tensor", "expected", "actual", "remedy") and v is not None}
         _print({"error": {"type": kind, "message": text, **fields}})
-    from rich.markup import escape
-
-    _say(f"[bold red]{kind}[/bold red] {escape(text)}")
+    _say(f"[bold red]{kind}[/bold red] {_plain(text)}")
     sys.exit(code)
 
 
@@ -104,6 +125,13 @@ def _say(text: str) -> None:
     from rich.console import Console
 
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+
+
+def _plain(value: object) -> str:
+    """A path or name that rich prints as it is."""
+    from rich.markup import escape
+
+    return escape(str(value))
 
 
 def _print(value: dict[str, Any]) -> None:
@@ -195,7 +223,7 @@ def plan(src: str, out: str | None, html: str | None, save: str | None, as_json:
 
     show_plan(summary, job.memory)
     for path in filter(None, (html, save)):
-        _say(f"wrote {path}")
+        _say(f"wrote {_plain(path)}")
 
 
 @main.command()
@@ -218,23 +246,37 @@ def convert(
     **options: Any,
 ) -> None:
     """Convert a checkpoint: plan, check, move every byte once, publish whole or not at all."""
-    job = _saved(src, plan_file, options) if plan_file else _job(_need(src, "SRC"), _need(out, "OUT"), options)
+    job = _saved(plan_file, options) if plan_file else _job(_need(src, "SRC"), _need(out, "OUT"), options)
     summary = job.summary()
     if not as_json:
         from .render import show_plan
 
         show_plan(summary, job.memory)
     if job.is_done() and not overwrite:
-        _say(f"[green]done already[/green] {job.out} was made by this very plan")
+        _say(f"[green]done already[/green] {_plain(job.out)} was made by this very plan")
         outcome = None
     else:
         from .executors.progress import StderrProgress
 
         outcome = job.execute(scheduler=scheduler, overwrite=overwrite, progress=StderrProgress())
-    _finish(job, summary, outcome, then_verify, as_json)
+    verified = _verified(job, options) if then_verify else None
+    _finish(job, summary, outcome, verified, as_json)
 
 
-def _finish(job: Conversion, summary: dict[str, Any], outcome: Outcome | None, then_verify: bool, as_json: bool) -> None:
+def _verified(job: Conversion, options: dict[str, Any]) -> Verification:
+    from .api import verify as verify_target
+
+    assert job.out is not None
+    hints = {name: options[name] for name in ("family", "config", "vocab_size")}
+    found = verify_target(job.out, job.plan.source_root, memory=job.memory, workers=job.workers, **hints)
+    if not found.ok:
+        raise VerificationError(
+            "the target differs from the source", file=job.out, actual=[*found.different, *found.missing, *found.extra][:5]
+        )
+    return found
+
+
+def _finish(job: Conversion, summary: dict[str, Any], outcome: Outcome | None, verified: Verification | None, as_json: bool) -> None:
     seconds = outcome.seconds if outcome else 0.0
     notes = [f"padding of {name}: {held}" for name, held in outcome.padding.items()] if outcome else []
     summary["warnings"] += [*notes, *(outcome.notes if outcome else ())]
@@ -245,35 +287,37 @@ def _finish(job: Conversion, summary: dict[str, Any], outcome: Outcome | None, t
         "peak_rss_bytes": outcome.peak_rss_bytes if outcome else 0,
         "tiles_resumed": 0,
     }
-    if then_verify:
-        from .api import verify as verify_target
-
-        assert job.out is not None
-        checked = verify_target(job.out, job.plan.source_root, memory=job.memory, workers=job.workers)
-        result["verified"] = {"level": checked.level, "tensors": checked.tensors, "equal": checked.equal}
-        if not checked.ok:
-            raise VerificationError(
-                "the target differs from the source", file=job.out, actual=[*checked.different, *checked.missing, *checked.extra][:5]
-            )
+    if verified is not None:
+        result["verified"] = {"level": verified.level, "tensors": verified.tensors, "equal": verified.equal}
     if as_json:
         _print(result)
         return
     for note in notes:
-        _say(note)
+        _say(_plain(note))
     if outcome:
         from .render import rate
 
         _say(
-            f"[green]done[/green] {job.out} in {seconds:.1f} s, {rate(summary['bytes_written'], seconds)}"
-            + (", verified" if then_verify else "")
+            f"[green]done[/green] {_plain(job.out)} in {seconds:.1f} s, {rate(summary['bytes_written'], seconds)}"
+            + (", verified" if verified else "")
         )
+    elif verified:
+        _say(f"[green]verified[/green] {verified.tensors} tensors")
 
 
-def _saved(src: str | None, plan_file: str, options: dict[str, Any]) -> Conversion:
+_BESIDE_A_PLAN = ("plan_file", "memory", "workers", "scheduler", "overwrite", "then_verify", "as_json", "family", "config", "vocab_size")
+
+
+def _saved(plan_file: str, options: dict[str, Any]) -> Conversion:
     from .api import load_plan, parse_size
 
-    if src is not None:
-        raise UsageError("a saved plan has its own source and target", remedy="Give --plan alone")
+    context = click.get_current_context()
+    assert context is not None
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name not in _BESIDE_A_PLAN:
+            what = parameter.human_readable_name if isinstance(parameter, click.Argument) else parameter.opts[0]
+            raise UsageError(f"a saved plan decides {what} already", remedy="Leave it out, or plan again with it")
     job = load_plan(plan_file)
     if options["memory"] is not None:
         job.memory = parse_size(options["memory"])
@@ -285,14 +329,15 @@ def _saved(src: str | None, plan_file: str, options: dict[str, Any]) -> Conversi
 @main.command()
 @click.argument("out", type=click.Path())
 @click.argument("src", type=click.Path(), required=False)
+@_source
 @_bounds
 @_as_json
-def verify(out: str, src: str | None, memory: str | None, workers: int | None, as_json: bool) -> None:
+def verify(out: str, src: str | None, as_json: bool, **options: Any) -> None:
     """Open OUT as a stranger would; with SRC, recompute and compare every tensor."""
     from .api import verify as verify_target
     from .executors.progress import StderrProgress
 
-    found = verify_target(out, src, memory=memory, workers=workers, progress=StderrProgress())
+    found = verify_target(out, src, progress=StderrProgress(), **options)
     if as_json:
         _print(
             {
@@ -307,7 +352,7 @@ def verify(out: str, src: str | None, memory: str | None, workers: int | None, a
     if not found.ok:
         for what, names in (("different", found.different), ("missing", found.missing), ("extra", found.extra)):
             for name in names[:20]:
-                _say(f"[red]{what}[/red] {name}")
+                _say(f"[red]{what}[/red] {_plain(name)}")
             if len(names) > 20:
                 _say(f"[red]{what}[/red] … {len(names) - 20} more")
         if not as_json:
@@ -347,7 +392,7 @@ def synth(config: str, out: str, sparse: bool, dtype: str | None, family: str | 
     from .synth import synth as make
 
     made = make(config, out, sparse=sparse, dtype=dtype, family=find_family(family), max_shard_size=parse_size(max_shard_size), seed=seed)
-    _say(f"wrote {made}")
+    _say(f"wrote {_plain(made)}")
 
 
 @main.command()
@@ -443,16 +488,13 @@ def _job(src: str, out: str | None, options: dict[str, Any]) -> Conversion:
     )
 
 
-def _layout(options: dict[str, Any]) -> Any:
+def _layout(options: dict[str, Any]) -> Layout:
     from .planner.layout import Layout
 
     if options["layout_file"]:
         if (options["tp"], options["pp"], options["vpp"], options["pp_layers"]) != (1, 1, 1, None):
             raise UsageError("--layout and the sizes contradict each other", remedy="Give one or the other")
-        try:
-            return Layout.from_json(json.loads(Path(options["layout_file"]).read_text()))
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"not a layout: {error}", file=options["layout_file"]) from None
+        return _read_layout(options["layout_file"])
     stages = None
     if options["pp_layers"]:
         try:
@@ -460,6 +502,21 @@ def _layout(options: dict[str, Any]) -> Any:
         except ValueError:
             raise UsageError("--pp-layers is a list of numbers", expected="e.g. 10,11,11", actual=options["pp_layers"]) from None
     return Layout(tp=options["tp"], pp=options["pp"], vpp=options["vpp"], stages=stages)
+
+
+def _read_layout(file: str) -> Layout:
+    from .planner.layout import Layout
+
+    remedy = 'Write an object like {"tp": 8, "pp": 4}; axes: tp, pp, vpp, ep, etp, stages'
+    try:
+        found = json.loads(Path(file).read_text())
+        if not isinstance(found, dict):
+            raise LayoutError("the layout file does not hold a JSON object", file=file, actual=type(found).__name__, remedy=remedy)
+        return Layout.from_json(found)
+    except (LayoutError, UsageError) as error:
+        raise LayoutError(error.message, file=file, expected=error.expected, actual=error.actual, remedy=error.remedy or remedy) from None
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        raise LayoutError(f"the layout file cannot be read ({error})", file=file, remedy=remedy) from None
 
 
 def _need(value: str | None, what: str) -> str:

@@ -19,8 +19,9 @@
     │   ├── UnsupportedError (NotImplementedError)  understood, but not offered
     │   ├── PlanError (ValueError)                  a plan that contradicts itself, its file or its source
     │   ├── MemoryBoundError (MemoryError)          the bound is too small; carries the smallest that works
-    │   ├── TargetExistsError (FileExistsError)
-    │   └── DiskSpaceError (OSError)
+    │   └── TargetError (OSError)                   the target cannot be put where it should go
+    │       ├── TargetExistsError (FileExistsError)
+    │       └── DiskSpaceError (OSError)
     ├── ContradictionError (ValueError)             exit 4: the data contradicts the plan; target unpublished
     │   ├── ReplicaMismatchError
     │   └── VerificationError (AssertionError)
@@ -53,6 +54,7 @@ __all__ = [
     "ShardwrightError",
     "StoppedError",
     "TableError",
+    "TargetError",
     "TargetExistsError",
     "UnknownFamilyError",
     "UnknownTensorError",
@@ -200,16 +202,18 @@ class MemoryBoundError(Refusal, MemoryError):
     """The memory bound is too small; ``expected`` is the smallest bound that works, in bytes."""
 
 
-class TargetExistsError(Refusal, FileExistsError):
+class TargetError(Refusal, OSError):
+    """The target cannot be put where it should go: a mount point, the working directory, beside nothing, inside the source."""
+
+    __str__ = ShardwrightError.__str__
+
+
+class TargetExistsError(TargetError, FileExistsError):
     """The target holds something already."""
 
-    __str__ = ShardwrightError.__str__
 
-
-class DiskSpaceError(Refusal, OSError):
+class DiskSpaceError(TargetError):
     """The target disk has too little room."""
-
-    __str__ = ShardwrightError.__str__
 
 
 class ContradictionError(ShardwrightError, ValueError):
@@ -219,7 +223,9 @@ class ContradictionError(ShardwrightError, ValueError):
 
 
 class ReplicaMismatchError(ContradictionError):
-    """Two copies that the format says are equal differ."""
+    """Two copies that the format says are equal differ; `places` are their (file number, offset) in the plan."""
+
+    places: tuple[tuple[int, int], ...] = ()
 
 
 class VerificationError(ContradictionError, AssertionError):

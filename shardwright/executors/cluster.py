@@ -99,7 +99,7 @@ class Cluster:
         if self._own:
             self.client.close()
 
-    def run(self, plan: Plan, targets: TargetFiles, fit: Fit, *, progress: Progress | None = None) -> Receipt:
+    def run(self, plan: Plan, targets: TargetFiles, fit: Fit, *, progress: Progress | None = None, stop: Stop | None = None) -> Receipt:
         """Run every tile; after it returns or raises no worker writes.
 
         Raises
@@ -110,9 +110,8 @@ class Cluster:
             The first error of any worker, as it was.
         """
         progress = progress or NullProgress()
-        run = _Run(
-            self.client, plan, targets, fit, self.check(fit), progress, window=4 * sum(int(w["nthreads"]) for w in self.workers.values())
-        )
+        window = 4 * sum(int(w["nthreads"]) for w in self.workers.values())
+        run = _Run(self.client, plan, targets, fit, self.check(fit), progress, stop or Stop(), window=window)
         progress.start(int(plan.tiles.bytes_written.sum()))
         try:
             with run.stop.on_signals():
@@ -127,7 +126,16 @@ class _Run:
     """One run: futures in flight, and what came of them."""
 
     def __init__(
-        self, client: Any, plan: Plan, targets: TargetFiles, fit: Fit, resources: dict[str, int], progress: Progress, *, window: int
+        self,
+        client: Any,
+        plan: Plan,
+        targets: TargetFiles,
+        fit: Fit,
+        resources: dict[str, int],
+        progress: Progress,
+        stop: Stop,
+        *,
+        window: int,
     ) -> None:
         self.client = client
         self.plan = plan
@@ -137,7 +145,7 @@ class _Run:
         self.progress = progress
         self.window = window
         self.token = uuid.uuid4().hex
-        self.stop = Stop()
+        self.stop = stop
         self.receipt = Receipt()
         self._done: SimpleQueue[Any] = SimpleQueue()
         self._flying: dict[str, Any] = {}

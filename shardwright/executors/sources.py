@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ..planner.plan import SourceFile
 from .descriptors import Descriptors, failed
 from .transfer import Read
 
-__all__ = ["SourceFiles", "unchecked"]
+__all__ = ["SourceFiles", "check_unchanged", "unchecked"]
 
 CALL_BYTES = 4 << 20
 """Longest single read."""
@@ -22,6 +23,36 @@ CALL_BYTES = 4 << 20
 def unchecked(path: str) -> SourceFile:
     """A source file that is read whatever its size and time."""
     return SourceFile(path, -1, -1, "")
+
+
+def check_unchanged(root: str | os.PathLike[str], files: Sequence[SourceFile]) -> None:
+    """Every source file is there, as it was when it was planned for.
+
+    Raises
+    ------
+    PlanError
+        Names the first that is not, and what changed.
+    """
+    for file in files:
+        try:
+            found = os.stat(Path(root) / file.path)
+        except OSError as error:
+            raise PlanError(f"a source file cannot be found ({error.strerror})", file=Path(root) / file.path, remedy="Plan again") from None
+        _compare(file, found)
+
+
+def _compare(file: SourceFile, found: os.stat_result) -> None:
+    if file.nbytes < 0 or (found.st_size, found.st_mtime_ns) == (file.nbytes, file.mtime_ns):
+        return
+    if found.st_size != file.nbytes:
+        expected, actual = f"{file.nbytes} bytes", f"{found.st_size} bytes"
+    else:
+        expected, actual = (f"modified {_when(ns)}" for ns in (file.mtime_ns, found.st_mtime_ns))
+    raise PlanError("a source file has changed since it was planned", file=file.path, expected=expected, actual=actual, remedy="Plan again")
+
+
+def _when(ns: int) -> str:
+    return f"{datetime.fromtimestamp(ns // 10**9, UTC):%Y-%m-%d %H:%M:%S}.{ns % 10**9:09d} UTC"
 
 
 class SourceFiles:
@@ -100,14 +131,9 @@ class SourceFiles:
             raise PlanError("a source file is missing", file=file.path, remedy="Plan again") from None
         except OSError as error:
             raise failed(error, file.path, "opening") from error
-        found = os.fstat(fd)
-        if file.nbytes >= 0 and (found.st_size, found.st_mtime_ns) != (file.nbytes, file.mtime_ns):
+        try:
+            _compare(file, os.fstat(fd))
+        except PlanError:
             os.close(fd)
-            raise PlanError(
-                "a source file has changed since it was planned",
-                file=file.path,
-                expected=f"{file.nbytes} bytes of {file.mtime_ns} ns",
-                actual=f"{found.st_size} bytes of {found.st_mtime_ns} ns",
-                remedy="Plan again",
-            )
+            raise
         return fd

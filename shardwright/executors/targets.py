@@ -27,6 +27,7 @@ from ..errors import PlanError
 from ..planner.plan import TargetFile
 from .descriptors import Descriptors, failed, sync_path
 from .extents import Checksums
+from .stopping import Stop
 from .transfer import Write
 
 __all__ = ["CALL_BYTES", "Sink", "TargetFiles"]
@@ -58,20 +59,29 @@ class TargetFiles:
     ----------
     limit
         Most files kept open.
+    stop
+        Looked at between files while they are made and synced.
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], files: Sequence[TargetFile] | Mapping[int, TargetFile], *, limit: int | None = None
+        self,
+        root: str | os.PathLike[str],
+        files: Sequence[TargetFile] | Mapping[int, TargetFile],
+        *,
+        limit: int | None = None,
+        stop: Stop | None = None,
     ) -> None:
         self.root = Path(root)
         self.files = dict(files) if isinstance(files, Mapping) else dict(enumerate(files))
         self.checksums = Checksums(self.files)
         self._descriptors = Descriptors(self._open, limit)
         self._unsynced: dict[int, int] = {}
+        self._stop = stop or Stop()
 
     def create(self) -> None:
         """Make every file at full size, with its static bytes."""
         for number, file in self.files.items():
+            self._stop.raise_cause()
             path = self._path(number)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +121,7 @@ class TargetFiles:
     def sync(self, numbers: Iterable[int] | None = None) -> None:
         """Flush files to the device, and with all of them the folders that hold them."""
         for number in self.files if numbers is None else numbers:
+            self._stop.raise_cause()
             with self._descriptors.use(number) as fd:
                 try:
                     os.fsync(fd)

@@ -224,17 +224,20 @@ class Runner:
             index, c = divmod(index, b - a)
             where.append(a + c)
         where.reverse()
-        files = []
+        files, places = [], []
         for pieces in (program.gather, program.replicas[replica]):
             boxes = (box for piece in pieces for box in align(piece, program.shape) if _holds(box.start, box.dims, where))
             slot = next((box.slot for box in boxes), FILL)
             files.append("zeros" if slot == FILL else self.sources.files[job.sources[slot][0]].path)
-        return ReplicaMismatchError(
+            places += [] if slot == FILL else [job.sources[slot]]
+        error = ReplicaMismatchError(
             f"two copies that must be equal differ, first at element {tuple(where)}",
             tensor=job.name,
             file=" and ".join(files),
             remedy="Find out which copy is right; --trust-replicas takes the first without comparing",
         )
+        error.places = tuple(places)
+        return error
 
 
 def _no_file(offset: int, buffers: Sequence[memoryview]) -> None:

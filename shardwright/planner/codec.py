@@ -38,7 +38,7 @@ from .passes.check import check
 from .plan import PLAN_FORMAT, Bindings, Plan, Program, TargetFile, TensorEntry, Tiles
 from .tensor.pieces import Piece
 
-__all__ = ["SavedPlan", "from_json", "load", "save", "to_json"]
+__all__ = ["SavedPlan", "dumps", "from_json", "load", "save", "to_json"]
 
 _LARGEST_FILE = 4 << 30
 _COMPRESS_FROM = 4096
@@ -87,6 +87,11 @@ def from_json(value: object) -> Plan:
     return _proven(value).plan
 
 
+def dumps(plan: Plan, *, target_root: str | None = None) -> str:
+    """The plan as JSON text."""
+    return json.dumps(to_json(plan, target_root=target_root), separators=(",", ":"), allow_nan=False)
+
+
 def save(plan: Plan, file: str | os.PathLike[str], *, target_root: str | None = None) -> None:
     """Write the plan to `file`, which is replaced whole or not at all.
 
@@ -95,7 +100,7 @@ def save(plan: Plan, file: str | os.PathLike[str], *, target_root: str | None = 
     UsageError
         The file cannot be written.
     """
-    made = json.dumps(to_json(plan, target_root=target_root), separators=(",", ":"), allow_nan=False)
+    made = dumps(plan, target_root=target_root)
     beside = Path(f"{os.fspath(file)}.new")
     try:
         with open(beside, "w", encoding="utf-8") as out:
@@ -126,7 +131,11 @@ def load(file: str | os.PathLike[str]) -> SavedPlan:
         value = STRICT.decode(data.decode())
     except (ValueError, RecursionError) as error:
         raise PlanError("the plan is not valid JSON", file=file, actual=str(error)[:200], remedy="Plan again") from None
-    return _proven(value)
+    try:
+        return _proven(value)
+    except PlanError as error:
+        error.file = error.file or os.fspath(file)
+        raise
 
 
 def _proven(value: object) -> SavedPlan:

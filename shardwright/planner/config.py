@@ -14,11 +14,12 @@ Boundary: dictionaries in, dictionaries out.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError, UnknownFamilyError, UnsupportedError
 from .tables import FAMILIES, ConfigRule, Family
 
 __all__ = ["ModelConfig", "family_of", "from_huggingface", "from_megatron", "infer_family", "to_huggingface", "to_megatron"]
@@ -58,7 +59,11 @@ def family_of(raw: Mapping[str, Any], file: str = "config.json") -> Family:
             return family
     if not isinstance(kind, str):
         raise ConfigError("the config has no model_type", file=file, remedy="Name the family with --family")
-    return FAMILIES.get(kind)
+    types = {name: family.name for family in FAMILIES for name in family.model_types}
+    near = difflib.get_close_matches(kind, types, n=3, cutoff=0.4)
+    hint = f"Nearest: {', '.join(near)}. " if near else ""
+    advice = "Name the family whose tensors these are with --family NAME, or bring a table with --family FILE.toml"
+    raise UnknownFamilyError(f"no family has the model_type {kind!r}", file=file, remedy=f"{hint}Known: {', '.join(types)}. {advice}")
 
 
 def from_huggingface(raw: Mapping[str, Any], family: Family, file: str = "config.json") -> ModelConfig:
@@ -73,6 +78,7 @@ def from_huggingface(raw: Mapping[str, Any], family: Family, file: str = "config
     fields: dict[str, Any] = {}
     for rule in family.config:
         fields[rule.name] = _field(rule, plain, fields, file)
+        _check_count(rule.name, fields, file)
     _check_types(fields, file)
     return ModelConfig(family.name, fields)
 
@@ -81,18 +87,22 @@ def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], 
     if rule.key is not None and raw.get(rule.key) is not None:
         return raw[rule.key]
     if rule.default is None:
-        raise ConfigError(f"the config lacks {rule.key!r}", file=file)
+        raise ConfigError(f"the config lacks {rule.key!r}", file=file, remedy="Complete it, or give another with --config")
     return rule.default(fields)
 
 
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 
 
+def _check_count(name: str, fields: Mapping[str, Any], file: str) -> None:
+    value = fields[name]
+    if name in _COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ConfigError(f"{name} must be a positive integer", file=file, actual=repr(value))
+
+
 def _check_types(fields: Mapping[str, Any], file: str) -> None:
-    for name in _COUNTS:
-        value = fields.get(name)
-        if name in fields and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ConfigError(f"{name} must be a positive integer", file=file, actual=repr(value))
+    for name in fields:
+        _check_count(name, fields, file)
     heads, groups = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
     if heads and groups and heads % groups:
         raise ConfigError("key/value heads do not divide the attention heads", file=file, expected=f"a divisor of {heads}", actual=groups)

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ShardwrightError
+from .layout import Layout
+from .registry import Registry
 from .store import Store
 
-__all__ = ["FILE_NAME", "SCHEMA", "read_identity", "read_json"]
+__all__ = ["FILE_NAME", "SCHEMA", "named_in", "read_identity", "read_json", "read_object"]
 
 FILE_NAME = "shardwright.json"
 SCHEMA = 1
 _LARGEST_JSON = 1 << 30
+T = TypeVar("T")
 
 
 def read_json(store: Store, path: str) -> Any:
@@ -37,7 +40,7 @@ def read_json(store: Store, path: str) -> Any:
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"not JSON ({error})", file=path) from None
+        raise CheckpointError(f"not JSON ({error})", file=path, remedy="Copy the file again, or correct it") from None
 
 
 def _once(pairs: list[tuple[str, Any]], path: str) -> dict[str, Any]:
@@ -76,4 +79,25 @@ def read_identity(store: Store) -> Mapping[str, Any] | None:
             raise CheckpointError(
                 f"shardwright.json lacks {key!r}", file=FILE_NAME, expected=kind.__name__, actual=type(identity.get(key)).__name__
             )
+    try:
+        Layout.from_json(identity["layout"])
+    except (ShardwrightError, TypeError) as error:
+        raise CheckpointError(f"shardwright.json holds no layout ({error})", file=FILE_NAME, actual=identity["layout"]) from None
     return identity
+
+
+def named_in(identity: Mapping[str, Any], kind: str, registry: Registry[T]) -> T:
+    """The part that the identity names.
+
+    Raises
+    ------
+    CheckpointError
+        It is not registered here.
+    """
+    name = identity[kind]
+    if name not in registry:
+        raise CheckpointError(
+            f"shardwright.json names a {kind} that is not registered here", file=FILE_NAME, actual=repr(name),
+            remedy=f"Known: {', '.join(registry.names())}. " + ("Give its table with --family FILE" if kind == "family" else "Register it first (shardwright.register)"),
+        )  # fmt: skip
+    return registry.get(name)

@@ -144,7 +144,9 @@ class Split:
 
 def _even(axis: int, size: int, tp: int, what: str) -> Split:
     if size % tp:
-        raise LayoutError(f"tp {tp} does not divide {what}", expected=f"a multiple of {tp}", actual=size)
+        raise LayoutError(
+            f"tp {tp} does not divide {what}", expected=f"a multiple of {tp}", actual=size, remedy=f"Choose a tp that divides {size}"
+        )
     return Split(axis, tp, 1)
 
 
@@ -187,7 +189,7 @@ def _kv_heads(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: st
         return _even(0, shape[0], tp, "the rows")
     if tp % heads:
         raise LayoutError(
-            "key/value heads and tp do not divide each other", expected=f"kv heads {heads} | tp or tp | kv heads", actual=f"tp {tp}"
+            f"tp {tp} and {heads} key/value heads do not divide each other", expected=f"a divisor or a multiple of {heads}", actual=f"tp {tp}"
         )
     return Split(0, heads, tp // heads) if kv == "replicate" else _even(0, shape[0], tp, "the rows")
 

@@ -222,8 +222,7 @@ class TargetFile:
     crcs: tuple[Crc, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """A stored tensor of the source or the target.
 
     Attributes

@@ -78,8 +78,8 @@ class LocalStore:
     def stat(self, path: str) -> Stat:
         try:
             found = self._path(path).stat()
-        except FileNotFoundError:
-            raise CheckpointError("a file is missing", file=path) from None
+        except OSError as error:
+            raise _unreadable(error, path) from None
         return Stat(found.st_size, found.st_mtime_ns)
 
     def read(self, path: str, offset: int = 0, nbytes: int | None = None) -> bytes:
@@ -100,11 +100,19 @@ class LocalStore:
                         raise ContainerError("the file shrank while it was read", file=path)
                     data += part
                 return bytes(data)
-        except FileNotFoundError:
-            raise CheckpointError("a file is missing", file=path) from None
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise _unreadable(error, path) from None
 
     def _path(self, path: str) -> Path:
         # A name out of an index or manifest is untrusted: it must stay below the root.
         if path.startswith("/") or ".." in path.split("/") or "\0" in path:
-            raise CheckpointError("a path leaves the checkpoint's folder", file=path)
+            raise CheckpointError("a path leaves the checkpoint's folder", file=path, remedy="Correct the index or manifest that names it")
         return self._root / path
+
+
+def _unreadable(error: OSError, path: str) -> CheckpointError:
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError("a file is missing", file=path)
+    return CheckpointError(f"a file cannot be read ({error.strerror})", file=path, remedy="Check its permissions and its disk")

@@ -27,6 +27,7 @@ import torch
 
 from tests.clients import mcore_model
 from tests.clients.hf_logits import token_ids
+from tests.clients.mcore_foreign import Foreign
 from tests.clients.mcore_model import Request
 
 if TYPE_CHECKING:
@@ -83,7 +84,19 @@ class Megatron:
             raise MegatronError(answer)
         return torch.from_numpy(answer)
 
-    def _ask(self, request: Request) -> np.ndarray | str:
+    def save(self, foreign: Foreign) -> Path:
+        """Let Megatron-core make a checkpoint with random weights; its folder.
+
+        Raises
+        ------
+        MegatronError
+            It cannot build the model or save it.
+        """
+        if complaint := self._ask(foreign):
+            raise MegatronError(complaint)
+        return Path(foreign.folder)
+
+    def _ask(self, request: Request | Foreign) -> np.ndarray | str | None:
         pipe = self._pipe or self._start()
         pipe.send(request)
         try:
@@ -132,7 +145,7 @@ def _serve(pipe: Connection) -> None:
         pipe.send(_answer(request))
 
 
-def _answer(request: Request) -> np.ndarray | str:
+def _answer(request: Request | Foreign) -> np.ndarray | str | None:
     with tempfile.TemporaryDirectory(prefix="mcore-") as scratch:
         folder = Path(scratch)
         context = multiprocessing.get_context("fork")
@@ -143,6 +156,9 @@ def _answer(request: Request) -> np.ndarray | str:
         complaints = sorted(folder.glob("rank_*.txt"), key=lambda file: file.stat().st_mtime_ns)
         if complaints:
             return f"{complaints[0].stem}: {complaints[0].read_text()}"
+        if isinstance(request, Foreign):
+            codes = [rank.exitcode for rank in ranks]
+            return f"exit codes {codes}" if any(codes) else None
         result = folder / "logits.npy"
         return np.load(result) if result.exists() else f"no logits; exit codes {[rank.exitcode for rank in ranks]}"
 
@@ -160,9 +176,9 @@ def _supervise(ranks: list[BaseProcess]) -> None:
         rank.join()
 
 
-def _rank(rank: int, request: Request, folder: Path) -> None:
+def _rank(rank: int, request: Request | Foreign, folder: Path) -> None:
     try:
-        logits = mcore_model.run_rank(rank, request, folder / "store")
+        logits = request.run(rank, folder / "store")
     except BaseException:
         (folder / f"rank_{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)  # not through atexit: gloo waits for its peers there

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Mapping
 
-__all__ = ["Request", "prepare", "rank_file", "run_rank"]
+__all__ = ["Request", "build", "prepare", "rank_file", "run_rank"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Request:
     def world(self) -> int:
         """Number of ranks; tensor parallel rank is the fastest."""
         return self.tp * self.pp
+
+    def run(self, rank: int, store: Path) -> torch.Tensor | None:
+        """Be one rank of it; see `run_rank`."""
+        return run_rank(rank, self, store)
 
 
 def prepare() -> None:
@@ -113,12 +117,13 @@ def _demand(condition: bool, complaint: str) -> None:
 def _chunk(saved: Mapping[str, Any], request: Request, pp: int, v: int) -> torch.nn.Module:
     """Build one model chunk and fill it from the file."""
     first, last = pp == 0 and v == 0, pp == request.pp - 1 and v == request.vpp - 1
-    model = _build(saved["args"], first, last, v if request.vpp > 1 else None)
+    model = build(saved["args"], first, last, v if request.vpp > 1 else None)
     _load(model, saved["model" if request.vpp == 1 else f"model{v}"], saved["args"])
     return model
 
 
-def _build(args: Namespace, first: bool, last: bool, vp_stage: int | None) -> torch.nn.Module:
+def build(args: Namespace, first: bool, last: bool, vp_stage: int | None) -> torch.nn.Module:
+    """One chunk of the model that ``args`` describe, its parameters not yet filled."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 

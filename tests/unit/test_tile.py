@@ -147,7 +147,7 @@ def convert(plan, root, case):
         targets.close()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(conversions())
 def test_any_layout_through_any_strip_equals_numpy(tmp_path_factory, case):
     root = tmp_path_factory.getbasetemp() / f"tile{next(COUNTER)}"
@@ -160,7 +160,7 @@ def test_any_layout_through_any_strip_equals_numpy(tmp_path_factory, case):
     assert receipt.bytes_written == sum(a.nbytes for a in wanted)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(conversions())
 def test_scattered_reads_equal_the_general_way(tmp_path_factory, case):
     root = tmp_path_factory.getbasetemp() / f"vector{next(COUNTER)}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..store import Store
 
@@ -22,8 +22,7 @@ __all__ = ["Container", "ContainerIndex", "Crc", "FileLayout", "Placement", "Sto
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor that lies in a file.
 
     Attributes
@@ -72,8 +71,7 @@ class ContainerIndex:
     header_digest: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """A tensor to be stored: its key, torch dtype name and shape."""
 
     name: str
@@ -112,8 +110,7 @@ class FileLayout:
     crcs: tuple[Crc, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """Where a tensor's row-major bytes begin: index into `UnitLayout.files`, byte offset.
 
     `grain` is the number of axis-0 rows that one tile must own whole (a chunk of a chunked container); 1 when free.

@@ -209,7 +209,7 @@ def _tile(rows: list[_Row], path: str, base: int, size: int) -> dict[str, Stored
     for begin, end, name, kind, shape, _ in rows:
         if begin != position:
             what = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
-            raise ContainerError(f"the data {what}", file=path, tensor=name, expected=f"begin {position}", actual=f"begin {begin}")
+            raise ContainerError(f"the data {what}", file=path, tensor=name, expected=f"begin {position}", actual=f"begin {begin}", remedy=_AGAIN)
         position = end
         tensors[name] = StoredTensor(name, kind, shape, path, base + begin)
     if base + position != size:

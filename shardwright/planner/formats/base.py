@@ -58,6 +58,8 @@ class Source:
         Every file that is read, with the digest of its header.
     companions
         (path in the store, plain name) of small files that travel along.
+    config_path
+        Where the model's own config.json lies, if it does.
     """
 
     store: Store
@@ -77,6 +79,7 @@ class Source:
     warnings: tuple[str, ...] = ()
     scheme: Scheme | None = None
     identity: Mapping[str, Any] | None = None
+    config_path: str = "hf/config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +138,16 @@ class Format(Protocol):
     """A named preset of dialect, layout, filing and container, with its config and marker files."""
 
     name: str
-    dialects: tuple[str, ...]
-    containers: tuple[str, ...]
     ranked: bool
     """Whether the format can hold more than one rank."""
+
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """Dialects that it can be written in, the default first."""
+
+    @property
+    def containers(self) -> tuple[str, ...]:
+        """Containers that it can be written in, the default first."""
 
     def detect(self, store: Store) -> bool:
         """Whether the store looks like this format."""

@@ -6,16 +6,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, UnsupportedError
 from ..config import ModelConfig, family_of, from_huggingface
 from ..containers import CONTAINERS
 from ..containers.base import ContainerIndex
-from ..identity import read_object
+from ..identity import named_in, read_object
+from ..schemes import SCHEMES, Scheme
 from ..store import Store
 from ..tables import FAMILIES, Family
 from .base import Hints, Target
 
-__all__ = ["carried", "config_bytes", "read_unit", "settle"]
+__all__ = ["carried", "config_bytes", "read_unit", "scheme_of", "settle"]
 
 
 def read_unit(store: Store, container: str, path: str) -> ContainerIndex:
@@ -42,7 +43,7 @@ def settle(
         family = hints.family or _family(raw, identity, config_path)
         config = from_huggingface(raw, family, config_path)
     elif identity is not None:
-        family = hints.family or FAMILIES.get(identity["family"])
+        family = hints.family or named_in(identity, "family", FAMILIES)
         config = ModelConfig(family.name, _identity_fields(identity, family))
     else:
         return None
@@ -64,6 +65,23 @@ def _identity_fields(identity: Mapping[str, Any], family: Family) -> dict[str, A
         if rule.name not in fields:
             raise ConfigError(f"shardwright.json has no config field {rule.name!r}", file="shardwright.json")
     return fields
+
+
+def scheme_of(raw: Mapping[str, Any] | None, file: str) -> Scheme | None:
+    """The scheme of a config's ``quantization_config``, or None for plain weights.
+
+    Raises
+    ------
+    UnsupportedError
+        No scheme here reads it.
+    """
+    config = (raw or {}).get("quantization_config")
+    if not config:
+        return None
+    for scheme in SCHEMES:
+        if scheme.recognises(config):
+            return scheme
+    raise UnsupportedError("the checkpoint is quantised in a way that no scheme here reads", file=file, actual=config.get("quant_method"))
 
 
 def missing_config(store: Store, what: str) -> CheckpointError:

@@ -17,18 +17,17 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from ...errors import CheckpointError, UnsupportedError
+from ...errors import CheckpointError
 from ..containers.base import StoredTensor, TensorSpec
 from ..identity import read_identity, read_object
 from ..layout import Layout
 from ..passes.sides import stored_bytes
 from ..plan import Dropped
-from ..schemes import SCHEMES, Scheme
 from ..store import Store
 from ..tables import DIALECTS
 from ..tensor.dtypes import dtype as dtype_of
 from .base import Filing, Hints, Source, Target, Unit, companions
-from .common import carried, missing_config, read_unit, settle
+from .common import carried, missing_config, read_unit, scheme_of, settle
 
 __all__ = ["HuggingFace"]
 
@@ -74,8 +73,9 @@ class HuggingFace:
             companions(store),
             tuple(dropped) + _strays(store, files),
             (),
-            _scheme(raw),
+            scheme_of(raw, "config.json"),
             read_identity(store),
+            "config.json",
         )
 
     def file(self, target: Target) -> Filing:
@@ -98,7 +98,7 @@ def _entry(names: tuple[str, ...]) -> tuple[str, ...]:
     """The file that says where the weights are: an index or a single weight file, by preference."""
     known = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
     found = tuple(name for name in known if name in names)
-    return found or tuple(n for n in names if len(names) == 1 and _WEIGHTS.match(n) and not n.endswith("gguf"))
+    return found or tuple(n for n in names if len(names) == 1 and "/" not in n and _WEIGHTS.match(n) and not n.endswith("gguf"))
 
 
 def _find(store: Store) -> tuple[str, str, Mapping[str, Any] | None]:
@@ -117,7 +117,7 @@ def _read(
     dropped: list[Dropped] = []
     for path in sorted(set(weight_map.values())) if weight_map is not None else [entry]:
         if not store.exists(path):
-            raise CheckpointError("the index names a file that is not there", file=path, remedy="Download the missing file")
+            raise CheckpointError(f"{entry} names a file that is not there", file=path, remedy="Download it")
         found = read_unit(store, container, path)
         files[path] = found.header_digest
         for name, tensor in found.tensors.items():
@@ -126,20 +126,22 @@ def _read(
                 dropped.append(Dropped(f"{path}: {name}", f"an identical copy of the one in {tensors[name].file}"))
             elif weight_map is not None and name not in weight_map:
                 raise CheckpointError(
-                    "a file holds a tensor that the index does not name", tensor=name, file=path, remedy="The index is stale: rebuild it"
+                    f"a file holds a tensor that {entry} does not name", tensor=name, file=path, remedy="The index is stale: rebuild it"
                 )
             else:
                 tensors[name] = tensor
     for name, path in (weight_map or {}).items():
         if name not in tensors or (tensors[name].file != path and not any(d.name == f"{path}: {name}" for d in dropped)):
-            raise CheckpointError("the index names a tensor that its file does not hold", tensor=name, file=path)
+            raise CheckpointError(
+                f"{entry} names a tensor that its file does not hold", tensor=name, file=path, remedy="One of the two is stale: copy both again"
+            )
     return tensors, dropped
 
 
 def _weight_map(index: Mapping[str, Any], entry: str) -> dict[str, str]:
     found = index.get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(path, str) for path in found.values()):
-        raise CheckpointError("the index has no weight_map of names to files", file=entry)
+        raise CheckpointError("the index has no weight_map of names to files", file=entry, remedy="Copy the index again")
     return found
 
 
@@ -166,19 +168,6 @@ def _strays(store: Store, files: Mapping[str, str]) -> tuple[Dropped, ...]:
     """Weight files in the root that nothing names."""
     found = [n for n in store.list() if "/" not in n and _WEIGHTS.match(n) and n not in files]
     return tuple(Dropped(name, "a weight file that the index does not name") for name in found)
-
-
-def _scheme(raw: Mapping[str, Any] | None) -> Scheme | None:
-    """The scheme of the config's ``quantization_config``."""
-    config = (raw or {}).get("quantization_config")
-    if not config:
-        return None
-    for scheme in SCHEMES:
-        if scheme.recognises(config):
-            return scheme
-    raise UnsupportedError(
-        "the checkpoint is quantised in a way that no scheme here reads", file="config.json", actual=config.get("quant_method")
-    )
 
 
 def _shards(target: Target) -> list[tuple[int, ...]]:

@@ -121,7 +121,11 @@ def _files(store: Store) -> dict[tuple[int, ...], str]:
         folder = text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else ""
         if folder not in found:
             raise CheckpointError(
-                "the tracker names a folder without rank files", file=TRACKER, expected=folder or "release or a number", actual=text
+                "the tracker names an iteration whose rank files are not there",
+                file=TRACKER,
+                expected=f"{folder}/mp_rank_…" if folder else "release or a number",
+                actual=f"rank files in {', '.join(sorted(found))}" if folder else repr(text),
+                remedy="Copy that iteration too, or correct the tracker",
             )
     elif len(found) == 1:
         folder = next(iter(found))

@@ -1,9 +1,9 @@
 """``ranks``: one file per GPU rank, self-describing.
 
 ``rank_00003_tp1_pp1[_ep0].safetensors`` (or a zarr group of that name) beside ``shardwright.json``; config and companions
-in ``hf/``. With Megatron's dialect and a virtual pipeline, keys begin with ``model{chunk}.``, as layers are numbered within
-a chunk. Without ``shardwright.json`` the layout is read off the file names and the dialect off the keys; the config then
-comes from ``hf/config.json`` or the user.
+in ``hf/``. Every dialect and container that is registered can be written and read. With a dialect that numbers layers
+within a chunk, and a virtual pipeline, keys begin with ``model{chunk}.``. Without ``shardwright.json`` the layout is
+read off the file names and the dialect off the keys; the config then comes from ``hf/config.json`` or the user.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from ...errors import CheckpointError
 from ..containers import CONTAINERS
 from ..containers.base import StoredTensor, TensorSpec
-from ..identity import FILE_NAME, read_identity
+from ..identity import FILE_NAME, named_in, read_identity
 from ..layout import Layout
 from ..passes.sides import check_units
 from ..store import Store
 from ..tables import DIALECTS, Dialect
 from .base import Filing, Hints, Source, Target, Unit, companions
-from .common import carried, missing_config, read_unit, settle
+from .common import carried, missing_config, read_unit, scheme_of, settle
 
 __all__ = ["Ranks"]
 
-_NAME = re.compile(r"rank_(\d{5,})_tp(\d+)_pp(\d+)(?:_ep(\d+))?(\.safetensors)?$")
+_NAME = re.compile(r"rank_(\d{5,})_tp(\d+)_pp(\d+)(?:_ep(\d+))?(\.\w+)?$")
 _CHUNK = re.compile(r"model(\d+)\.(.*)$", re.DOTALL)
 
 
@@ -33,12 +34,20 @@ class Ranks:
     """See the module."""
 
     name = "ranks"
-    dialects: tuple[str, ...] = ("huggingface", "megatron")
-    containers: tuple[str, ...] = ("safetensors", "zarr")
     ranked = True
 
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """Every dialect there is, Hugging Face's first."""
+        return ("huggingface", *(name for name in DIALECTS.names() if name != "huggingface"))
+
+    @property
+    def containers(self) -> tuple[str, ...]:
+        """Every container there is, safetensors first."""
+        return ("safetensors", *(name for name in CONTAINERS.names() if name != "safetensors"))
+
     def detect(self, store: Store) -> bool:
-        return any(_NAME.match(name.split("/")[0]) for name in store.list())
+        return bool(_names(store))
 
     def open(self, store: Store, hints: Hints) -> Source:
         identity = read_identity(store)
@@ -47,7 +56,7 @@ class Ranks:
             raise missing_config(store, self.name)
         family, config, raw = settled
         paths = _paths(store)
-        container = "safetensors" if all(path.endswith(".safetensors") for path in paths.values()) else "zarr"
+        container = _container(paths, identity)
         layout = Layout.from_json(identity["layout"]) if identity else _layout(paths)
         files: dict[str, str] = {}
         by_rank = {}
@@ -55,7 +64,7 @@ class Ranks:
             found = read_unit(store, container, path)
             files.update(dict.fromkeys(_data_files(found.tensors) or [path], found.header_digest))
             by_rank[rank] = found.tensors
-        dialect = DIALECTS.get(identity["dialect"]) if identity else _dialect(by_rank)
+        dialect = named_in(identity, "dialect", DIALECTS) if identity else _dialect(by_rank)
         units = _units(by_rank, layout, dialect)
         check_units(units, layout, dialect, self.name)
         if identity:
@@ -74,6 +83,7 @@ class Ranks:
             units,
             files,
             companions(store, "hf/"),
+            scheme=scheme_of(raw, "hf/config.json"),
             identity=identity,
         )
 
@@ -83,11 +93,12 @@ class Ranks:
             members[wanted.rank].append(i)
         prefixed = target.layout.vpp > 1 and target.dialect.numbering == "local"
         suffix = CONTAINERS.get(target.container).suffix
+        metadata = {"format": "pt"} if target.container in ("safetensors", "zarr") else None
         units = []
         for rank, positions in members.items():
             chosen = [target.wanted[i] for i in positions]
             tensors = tuple(TensorSpec(f"model{w.chunk}.{w.name}" if prefixed else w.name, w.dtype, w.shape) for w in chosen)
-            units.append(Unit(_stem(target.layout, rank) + suffix, tuple(positions), tensors, metadata={"format": "pt"}))
+            units.append(Unit(_stem(target.layout, rank) + suffix, tuple(positions), tensors, metadata=metadata))
         files, copies = carried(target, "hf/")
         return Filing(tuple(units), files, copies)
 
@@ -97,15 +108,31 @@ def _stem(layout: Layout, rank: int) -> str:
     return f"rank_{rank:05d}_tp{at['tp']}_pp{at['pp']}" + (f"_ep{at['ep']}" if layout.ep > 1 else "")
 
 
+def _names(store: Store) -> dict[str, re.Match[str]]:
+    """Names in the root that are a rank's, in a container that is registered."""
+    suffixes = {part.suffix for part in CONTAINERS}
+    found = {name: _NAME.match(name) for name in dict.fromkeys(path.split("/")[0] for path in store.list())}
+    return {name: match for name, match in found.items() if match and (match[5] or "") in suffixes}
+
+
 def _paths(store: Store) -> dict[int, str]:
     """File or folder of each rank."""
     found: dict[int, str] = {}
-    for name in dict.fromkeys(path.split("/")[0] for path in store.list()):
-        if match := _NAME.match(name):
-            rank = int(match[1])
-            if found.setdefault(rank, name) != name:
-                raise CheckpointError("two files are of one rank", file=name, expected=found[rank])
+    for name, match in _names(store).items():
+        rank = int(match[1])
+        if found.setdefault(rank, name) != name:
+            raise CheckpointError("two files are of one rank", file=name, actual=f"{found[rank]} and {name}", remedy="Remove the stale one")
     return found
+
+
+def _container(paths: Mapping[int, str], identity: Mapping[str, Any] | None) -> str:
+    """The container of the files' suffix; where several have that suffix, the one that shardwright.json names."""
+    suffixes = {match[5] or "" for path in paths.values() if (match := _NAME.match(path))}
+    if len(suffixes) > 1:
+        raise CheckpointError("rank files of several containers lie in one folder", actual=sorted(suffixes), remedy="Remove the stale ones")
+    known = [part.name for part in CONTAINERS if part.suffix in suffixes]
+    named = (identity or {}).get("container")
+    return named if named in known else known[0]
 
 
 def _layout(paths: Mapping[int, str]) -> Layout:

@@ -181,7 +181,7 @@ def _words(source: Source, request: Request) -> _Words:
     """Settle the target's words; refuse combinations that make no sense."""
     target = FORMATS.get(request.to)
     if not target.ranked and request.layout.ranks > 1:
-        raise UsageError(f"{request.to} holds one rank", actual=request.layout.to_json(), remedy="For rank files use --to ranks")
+        raise UsageError(f"{request.to} holds one rank", actual=f"{request.layout.ranks} ranks", remedy="For rank files use --to ranks")
     dialect = DIALECTS.get(_one_of(request.dialect, target.dialects, f"{request.to} has no dialect"))
     container = _one_of(request.container, target.containers, f"{request.to} has no container")
     spec = _one_of(request.spec, dialect.specs or ("",), f"dialect {dialect.name} has no spec")
@@ -203,7 +203,7 @@ def _one_of(wanted: str | None, known: Sequence[str], what: str) -> str:
     if wanted is None:
         return known[0]
     if wanted not in known:
-        raise UsageError(f"{what} {wanted!r}", remedy=f"Known: {', '.join(known)}")
+        raise UsageError(f"{what} {wanted!r}", remedy=f"Known: {', '.join(known)}" if any(known) else "It has none: leave it out")
     return wanted
 
 
@@ -245,7 +245,7 @@ def read_side(source: Source, drop: Sequence[str] = ()) -> SourceSide:
 
 def _cast(family: Family, dtype: str | None) -> Cast:
     """The user's dtype for floating tensors of 16 bits and more, but for those the family keeps."""
-    after = None if dtype is None else dtype_of(dtype).name
+    after = None if dtype is None else _castable(dtype)
 
     def cast(row: RowInstance, name: str, before: str) -> str:
         known = dtype_of(before)
@@ -254,6 +254,19 @@ def _cast(family: Family, dtype: str | None) -> Cast:
         return after
 
     return cast
+
+
+_CASTABLE = (
+    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz",
+)  # fmt: skip
+
+
+def _castable(dtype: str) -> str:
+    """The full name of a dtype that weights can be cast to."""
+    name = dtype_of(dtype).name
+    if name not in _CASTABLE:
+        raise UsageError(f"weights are not cast to {name}", remedy=f"Known: {', '.join(_CASTABLE)}; to integers with --quantize")
+    return name
 
 
 def _as_stored(target: Source) -> Cast:
@@ -272,7 +285,7 @@ def _file(source: Source, request: Request, words: _Words, side: SourceSide, wan
     made = to_huggingface(words.config, source.family, main, source.raw_config)
     if words.scheme is not None:
         made["quantization_config"] = words.scheme.config()
-    path = {"huggingface": "config.json"}.get(source.format, "hf/config.json")
+    path = source.config_path
     same = source.raw_config is not None and made == source.raw_config and source.store.exists(path)
     target = Target(
         request.layout,
@@ -361,7 +374,7 @@ def _assemble(
         sources,
         tuple(entries),
         dropped,
-        (*source.warnings, *filing.warnings, *_warnings(source, words, programs)),
+        (*source.warnings, *filing.warnings, *_warnings(source, words, programs), *_useless(request.drop, dropped, sources)),
         sum(source.store.stat(path).nbytes for path, _ in filing.copies),
     )
 
@@ -400,6 +413,17 @@ def _warnings(source: Source, words: _Words, programs: Sequence[Any]) -> list[st
         pieces = len(program.gather) + sum(len(o.scatter) for o in program.outputs)
         if pieces > 100_000:
             found.append(f"{program.label}: {pieces} pieces")
+    return found
+
+
+def _useless(patterns: Sequence[str], dropped: Sequence[Dropped], used: Sequence[TensorEntry]) -> list[str]:
+    """What ``--drop`` asked for in vain."""
+    found = []
+    for pattern in patterns:
+        if not any(fnmatchcase(d.name, pattern) for d in dropped):
+            needed = any(fnmatchcase(t.name, pattern) for t in used)
+            why = "the model needs what it names" if needed else "no tensor has such a name"
+            found.append(f"--drop {pattern!r} left nothing out: {why}")
     return found
 
 

@@ -1,12 +1,13 @@
 """The proof that a plan is a bijection, up to what it declares.
 
-1. Per program: the gather pieces cover the pivot once; no piece of a replica overlaps another; every read stays inside
-   its source tensor.
-2. Per target tensor: what all programs scatter into it, and the zeros, cover it once. Tensors served by the same
-   (program, operand) pairs are proven once.
+1. Per program: the gather pieces cover the pivot once; no piece of a replica overlaps another; every element of every
+   output goes to some target, and to each copy of it once.
+2. Per source tensor: what all programs read of it (replicas and padding included) covers it once. Per target tensor:
+   what all programs scatter into it, and the zeros, cover it once. Tensors served by the same (program, operand) pairs
+   are proven once.
 3. Per target file: tensors and static bytes fill it from first to last byte without overlap.
 4. Per pivot tensor: its tile boxes cover it once.
-5. Every source tensor is read, or listed in `dropped`.
+5. Every source tensor is read, or listed in `dropped`. Copies that are trusted need not be read whole.
 
 Coverage is decided exactly on aligned boxes, which are products of per-axis index sets: two are disjoint if and only if
 they are on some axis. Boundary: reads the plan only; nothing is trusted but the plan's own numbers.
@@ -21,9 +22,9 @@ from math import prod
 import numpy as np
 
 from ...errors import PlanError
-from ..plan import Plan, Program, TensorEntry
+from ..plan import Output, Plan, Program, TensorEntry
 from ..tensor.dtypes import dtype as dtype_of
-from ..tensor.pieces import Box, Piece, align
+from ..tensor.pieces import FILL, Box, Piece, align, count
 
 __all__ = ["check"]
 
@@ -42,6 +43,8 @@ def check(plan: Plan) -> None:
         covers(_boxes(program.gather, program.shape, program.label), program.shape, f"gather of {program.label}")
         for replica in program.replicas:
             _disjoint(_boxes(replica, program.shape, program.label), f"replica of {program.label}")
+        for output in program.outputs:
+            _reaches_targets(output, program.label)
     _check_sources(plan)
     _check_targets(plan)
     _check_files(plan)
@@ -103,47 +106,85 @@ def _by_place(tensors: Iterable[TensorEntry]) -> dict[tuple[int, int], TensorEnt
     return {(t.file, t.offset): t for t in tensors if prod(t.shape)}
 
 
+def _reaches_targets(output: Output, what: str) -> None:
+    """Operands, in their order, make up whole copies of the output; neighbours that take the same elements count once."""
+    by_operand: dict[int, list[Piece]] = defaultdict(list)
+    for piece in output.scatter:
+        by_operand[piece.slot].append(piece)
+    size, copy, taken = prod(output.shape), list[Piece](), 0
+    last: object = None
+    for _, pieces in sorted(by_operand.items()):
+        shares = sorted((p.dst_off, tuple((n, d) for n, d, _ in p.dims)) for p in pieces)
+        if shares == last:
+            continue
+        copy, taken, last = copy + pieces, taken + sum(map(count, pieces)), shares
+        if taken == size:
+            covers(_boxes(copy, output.shape, what), output.shape, f"scatter of {what}")
+            copy, taken = [], 0
+    if taken or (size and last is None):
+        raise PlanError("elements reach no target", tensor=what, expected=f"{size} elements", actual=taken)
+
+
+Read = tuple[int, int]
+"""(program, source operand)"""
+
+
 def _check_sources(plan: Plan) -> None:
-    """Reads stay inside source tensors, and every source tensor is read."""
-    entries = _by_place(plan.source_tensors)
-    read: set[tuple[int, int]] = set()
-    proven: set[tuple[int, int, Shape]] = set()
-    for number, (program, bound) in enumerate(zip(plan.programs, plan.bindings, strict=True)):
-        reach = _reach(program)
-        for operand, last in reach.items():
+    """What is read of each source tensor covers it once."""
+    entries: dict[tuple[int, int], list[TensorEntry]] = defaultdict(list)
+    for entry in plan.source_tensors:
+        if prod(entry.shape):
+            entries[entry.file, entry.offset].append(entry)
+    reads: dict[tuple[int, int], list[Read]] = defaultdict(list)
+    taken = [_reads(program) for program in plan.programs]
+    for number, bound in enumerate(plan.bindings):
+        for operand in taken[number]:
             for place in zip(bound.source_file[:, operand].tolist(), bound.source_offset[:, operand].tolist(), strict=True):
-                read.add(place)
-                entry = entries.get(place)
-                if entry is None:
-                    raise PlanError(
-                        "a program reads where no source tensor begins", tensor=program.label, file=plan.source_files[place[0]].path
-                    )
-                key = (number, operand, entry.shape)
-                if key not in proven:
-                    proven.add(key)
-                    _inside(program, entry, last)
-    for place, entry in entries.items():
-        if place not in read:
+                if place not in entries:
+                    raise PlanError("a program reads where no source tensor begins", tensor=plan.programs[number].label, actual=place)
+                reads[place].append((number, operand))
+    trusted = bool(plan.recipe.get("trust_replicas"))
+    proven: set[tuple[Shape, str, bool, int, tuple[Read, ...]]] = set()
+    for place, found in entries.items():
+        entry = found[0]
+        if place not in reads:
             raise PlanError("a source tensor is neither read nor dropped", tensor=entry.name, file=plan.source_files[entry.file].path)
+        key = (entry.shape, entry.dtype, entry.contiguous, len(found), tuple(reads[place]))
+        if key not in proven:
+            proven.add(key)
+            _check_source(plan, found, [(plan.programs[number], taken[number][operand]) for number, operand in reads[place]], trusted)
 
 
-def _reach(program: Program) -> dict[int, int]:
-    """Per source operand, the highest element that the program reads."""
-    reach: dict[int, int] = {}
+def _reads(program: Program) -> dict[int, list[Piece]]:
+    """Per source operand, its elements that the program reads: gathered, compared, or looked at as padding."""
+    found: dict[int, list[Piece]] = defaultdict(list)
     for piece in [*program.gather, *(p for replica in program.replicas for p in replica), *program.padding]:
-        low = piece.src_off + sum((n - 1) * min(s, 0) for n, _, s in piece.dims)
-        high = piece.src_off + sum((n - 1) * max(s, 0) for n, _, s in piece.dims)
-        if low < 0:
-            raise PlanError("a piece reads before its source tensor", tensor=program.label, actual=low)
-        reach[piece.slot] = max(reach.get(piece.slot, 0), high)
-    return reach
+        if piece.slot != FILL:
+            found[piece.slot].append(Piece(0, piece.src_off, 0, tuple((n, s, 0) for n, _, s in piece.dims)))
+    return found
 
 
-def _inside(program: Program, entry: TensorEntry, last: int) -> None:
-    if entry.dtype != program.dtype:
-        raise PlanError("a program reads a source tensor of another dtype", tensor=entry.name, expected=program.dtype, actual=entry.dtype)
-    if last >= prod(entry.shape) and entry.contiguous:
-        raise PlanError("a piece reads past its source tensor", tensor=entry.name, expected=f"< {prod(entry.shape)}", actual=last)
+def _check_source(plan: Plan, entries: Sequence[TensorEntry], reads: Sequence[tuple[Program, list[Piece]]], trusted: bool) -> None:
+    """The reads of one tensor, or of several that are one storage, each of which is read."""
+    entry, size = entries[0], prod(entries[0].shape)
+    for program, _ in reads:
+        if entry.dtype != program.dtype:
+            raise PlanError(
+                "a program reads a source tensor of another dtype", tensor=entry.name, expected=program.dtype, actual=entry.dtype
+            )
+    pieces = [piece for _, found in reads for piece in found]
+    if any(_lowest(piece) < 0 for piece in pieces):
+        raise PlanError("a piece reads before its source tensor", tensor=entry.name, file=plan.source_files[entry.file].path)
+    boxes = _boxes(pieces, entry.shape, entry.name) if entry.contiguous else []
+    if entry.contiguous and len(entries) == 1:
+        _disjoint(boxes, entry.name)
+    total = sum(map(count, pieces))
+    if total != sum(prod(e.shape) for e in entries) and not (trusted and total < size):
+        raise PlanError("a source tensor is not read once", tensor=entry.name, expected=f"{size} elements", actual=total)
+
+
+def _lowest(piece: Piece) -> int:
+    return piece.dst_off + sum((n - 1) * min(d, 0) for n, d, _ in piece.dims)
 
 
 def _check_targets(plan: Plan) -> None:

@@ -106,12 +106,13 @@ class SourceSide:
 
 
 class Wanted(NamedTuple):
-    """A tensor that the target stores: its bound row and operand, and the rank, chunk, key, dtype and shape."""
+    """A tensor that the target stores on every tp rank of a stage: its bound row and output, the ranks in order of tp, and
+    the chunk, key, dtype and shape, which are the same on all of them."""
 
     bound: int
     row: int
-    operand: int
-    rank: int
+    output: int
+    ranks: tuple[int, ...]
     chunk: int
     name: str
     dtype: str
@@ -177,17 +178,20 @@ def _look_up(
             if row.alias and not stored:
                 return None
             raise MissingTensorError(
-                "a tensor is missing",
+                "a tensor that the config implies is missing",
                 tensor=instance.name,
                 file=_file_of(units[key]),
-                expected=f"shape {row.shards[row.shard_of(tp)].shape} on rank {rank}",
+                expected=f"shape {row.shards[row.shard_of(tp)].shape}" + (f" on rank {rank}" if len(units) > 1 else ""),
                 actual="not there",
+                remedy="Copy the checkpoint again, or give the config.json that belongs to it (--config)",
             )
         shape = row.shards[tp // row.split.repeat].shape
         if found.shape != shape:
             raise ShapeMismatchError(
-                "a tensor's shape is not what the config implies", tensor=found.name, file=found.file, expected=shape, actual=found.shape
-            )
+                "a tensor's shape is not what the config implies" + (" for this layout" if len(units) > 1 else ""), tensor=found.name,
+                file=found.file, expected=shape, actual=found.shape,
+                remedy="Give the config.json that belongs to the checkpoint (--config), or copy the file again",
+            )  # fmt: skip
         if stored and found.dtype != stored[0].dtype:
             raise ShapeMismatchError(
                 "ranks hold one tensor in several dtypes", tensor=found.name, file=found.file, expected=stored[0].dtype, actual=found.dtype
@@ -324,15 +328,25 @@ def check_units(units: Units, layout: Layout, dialect: Dialect, format_name: str
     Raises
     ------
     CheckpointError
-        Names the first missing rank.
+        Names the ranks that are missing, or too many.
     """
     chunks = layout.vpp if dialect.numbering == "local" else 1
     wanted = {(rank, chunk) for rank in range(layout.ranks) for chunk in range(chunks)}
     axes = ", ".join(f"{axis} {size}" for axis, size in layout.to_json().items() if size not in (None, 1)) or "one rank"
-    for rank, chunk in sorted(wanted ^ set(units)):
-        what = f"rank {rank} {layout.coordinates(rank)}" if rank < layout.ranks else f"rank {rank}"
+    missing, extra = sorted(wanted - set(units)), sorted(set(units) - wanted)
+    if missing or extra:
+        what, odd = ("missing", missing) if missing else ("too many", extra)
+        named = [_rank_name(rank, chunk, layout, chunks) for rank, chunk in odd[:4]] + (["…"] if len(odd) > 4 else [])
         raise CheckpointError(
             f"the {format_name} checkpoint does not have the ranks of its layout",
             expected=f"{layout.ranks} ranks ({axes})",
-            actual=f"{what} is {'missing' if (rank, chunk) in wanted else 'too many'}",
+            actual=f"{what}: {', '.join(named)}",
+            remedy="Copy the missing ranks' files here" if missing else "Remove the files of another layout",
         )
+
+
+def _rank_name(rank: int, chunk: int, layout: Layout, chunks: int) -> str:
+    """``rank 5 (tp 1, pp 2)``, with its chunk where there are several."""
+    at = {axis: n for axis, n in layout.coordinates(rank).items() if axis != "ep" or layout.ep > 1} if rank < layout.ranks else {}
+    where = [f"{axis} {n}" for axis, n in at.items()] + ([f"virtual chunk {chunk}"] if chunks > 1 else [])
+    return f"rank {rank}" + (f" ({', '.join(where)})" if where else "")

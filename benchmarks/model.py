@@ -1,0 +1,85 @@
+"""Made-up Llamas of about any size.
+
+1. `shape_of` gives the config.json of a model of about that many bytes: Llama-3-8B's own shapes with as many layers as
+   fit, or, below one such layer and its tables, a narrower model.
+2. `make` writes it with random bytes, in several files, as a Hugging Face checkpoint of that size would be.
+3. `sparse` writes headers and holes only, for planning.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shardwright.synth import synth
+
+__all__ = ["LLAMA_70B", "MANY_TENSORS", "make", "shape_of", "sparse"]
+
+Config = dict[str, Any]
+
+_COMMON: Config = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+_LLAMA_8B: Config = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+}  # fmt: skip
+_NARROW: Config = {
+    "hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1024,
+}  # fmt: skip
+
+LLAMA_70B: Config = {
+    **_COMMON, "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "vocab_size": 128256,
+}  # fmt: skip
+MANY_TENSORS: Config = {
+    **_COMMON, "num_hidden_layers": 11_111, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 8,
+    "num_key_value_heads": 8, "vocab_size": 64,
+}  # fmt: skip
+"""100,002 tensors."""
+
+
+def shape_of(nbytes: int) -> Config:
+    """The config of a bfloat16 Llama of about `nbytes`; at least one layer."""
+    for shape in (_LLAMA_8B, _NARROW):
+        layers = round((nbytes - _tables(shape)) / _layer(shape))
+        if layers >= 1:
+            break
+    return {**_COMMON, **shape, "num_hidden_layers": max(1, layers)}
+
+
+def _tables(shape: Config) -> int:
+    """Bytes of both embeddings."""
+    return int(2 * 2 * shape["vocab_size"] * shape["hidden_size"])
+
+
+def _layer(shape: Config) -> int:
+    """Bytes of one layer's matrices."""
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    attention = 2 * hidden * hidden + 2 * hidden * hidden * shape["num_key_value_heads"] // heads
+    return int(2 * (attention + 3 * hidden * shape["intermediate_size"]))
+
+
+def make(folder: Path, nbytes: int) -> Path:
+    """A random checkpoint of about `nbytes`, in about six files."""
+    return _synth(folder, shape_of(nbytes), sparse=False, max_shard_size=max(1_000_000, nbytes // 5))
+
+
+def sparse(folder: Path, config: Config, files: int) -> Path:
+    """Headers and holes of a model, in at least that many files."""
+    nbytes = _tables(config) + config["num_hidden_layers"] * _layer(config)
+    return _synth(folder, config, sparse=True, max_shard_size=nbytes // files)
+
+
+def _synth(folder: Path, config: Config, *, sparse: bool, max_shard_size: int) -> Path:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    given = folder.with_name(folder.name + ".json")
+    given.write_text(json.dumps(config, indent=2))
+    return synth(given, folder, sparse=sparse, max_shard_size=max_shard_size)
