@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shardwright.synth import synth
+from shardwright import synth
 
 __all__ = ["LLAMA_70B", "MANY_TENSORS", "make", "shape_of", "sparse"]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .api import Checkpoint, Conversion, Tensor, Verification, convert, load_plan, open, plan, register, verify
     from .errors import ShardwrightError
     from .planner.layout import Layout
-    from .synth import synth
+    from .synthetic import synth
 
 __version__ = "0.1.0"
 
@@ -36,7 +36,7 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {"Layout": ".planner.layout", "ShardwrightError": ".errors", "synth": ".synth"}
+_HOMES = {"Layout": ".planner.layout", "ShardwrightError": ".errors", "synth": ".synthetic"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
@@ -24,9 +25,9 @@ from .planner.formats.base import Hints, Source
 from .planner.identity import FILE_NAME, read_identity, read_object
 from .planner.layout import Layout
 from .planner.operations import OPERATIONS
-from .planner.passes.build import Request, build, locate, padded_vocab, plan_hash, read_side
+from .planner.passes.build import Request, build, castable, locate, padded_vocab, plan_hash, read_side
 from .planner.passes.check import check
-from .planner.passes.rows import expand, hub_tensors
+from .planner.passes.rows import expand
 from .planner.passes.sides import SourceSide, stored_bytes
 from .planner.passes.view import View, hub_view, rank_views
 from .planner.plan import Cost, Plan
@@ -75,7 +76,7 @@ def open(
     Parameters
     ----------
     path
-        A directory, or a single weight file.
+        A directory, a single weight file, an index, or a target's ``shardwright.json``.
     family
         A family's name or a family table's path, where the checkpoint does not say or says otherwise.
     config
@@ -88,7 +89,8 @@ def open(
     Refusal
         It is no checkpoint, or not a whole one; names the file, the tensor, expected and actual.
     """
-    return Checkpoint(open_source(LocalStore(path), Hints(find_family(family), _config(config), vocab_size)))
+    place = Path(path).parent if Path(path).name == FILE_NAME else path
+    return Checkpoint(open_source(LocalStore(place), Hints(find_family(family), _config(config), vocab_size)))
 
 
 def find_family(family: str | Family | PathLike | None) -> Family | None:
@@ -110,7 +112,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._names = hub_tensors(source.family, source.config)
+        self._names = source.hub
 
     @property
     def path(self) -> str:
@@ -186,6 +188,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         device: str = "cpu",
         dtype: str | None = None,
         dialect: str | None = None,
+        spec: str | None = None,
+        pad_vocab_to: int | None = None,
         include: Sequence[str] = ("*",),
     ) -> dict[str, torch.Tensor]:
         """What one rank of a target would hold, as torch tensors: resharded while it is read, nothing written.
@@ -196,28 +200,44 @@ class Checkpoint(Mapping[str, "Tensor"]):
             Target format; its dialect gives the names. None: hub names, unsplit.
         rank
             A rank number, or ``dict(tp=1, pp=0)``.
+        dialect, spec, pad_vocab_to
+            As for `plan`.
         include
             Patterns of names to read.
         """
-        after = None if dtype is None else dtype_of(dtype).name
+        after = None if dtype is None else castable(dtype)
         found = {}
-        for view in self._views(to, layout or Layout(), rank, dialect):
+        for view in self._views(to, rank, Request(to or "", layout or Layout(), dialect=dialect, spec=spec, pad_vocab_to=pad_vocab_to)):
             if any(fnmatchcase(view.name, pattern) for pattern in include):
                 read = Tensor(self, view).torch()
                 found[view.name] = read.to(device=device, dtype=_torch_dtype(after) if after and read.is_floating_point() else None)
         return found
 
-    def _views(self, to: str | None, layout: Layout, rank: int | Mapping[str, int], dialect: str | None) -> Iterator[View]:
+    def _views(self, to: str | None, rank: int | Mapping[str, int], request: Request) -> Iterator[View]:
         if to is None:
             yield from (hub_view(self._side, name) for name in self)
             return
-        request = Request(to, layout, dialect=dialect)
-        words = DIALECTS.get(dialect or FORMATS.get(to).dialects[0])
-        spec = words.specs[0] if words.specs else ""
+        target, layout = FORMATS.get(to), request.layout
+        if not target.ranked and layout.ranks > 1:
+            raise UsageError(f"{to} holds one rank", actual=f"{layout.ranks} ranks", remedy='Choose to="ranks"')
+        number = _rank_number(rank, layout)
+        words = DIALECTS.get(request.dialect or target.dialects[0])
+        spec = request.spec or (words.specs or ("",))[0]
+        if spec not in (words.specs or ("",)):
+            raise UsageError(f"dialect {words.name} has no spec {spec!r}", remedy=f"Known: {', '.join(words.specs)}")
         padded = padded_vocab(self._source, request, words)
-        expansion = expand(self._source.family, self._source.config, words, spec, layout, padded)
-        number = layout.rank(**rank) if isinstance(rank, Mapping) else rank
+        expansion = expand(self._source.family, self._source.config, words, spec, layout, padded, hub=self._source.hub)
         yield from rank_views(self._side, expansion, layout, number, layout.vpp > 1 and words.numbering == "local")
+
+
+def _rank_number(rank: int | Mapping[str, int], layout: Layout) -> int:
+    """The number of a rank, checked."""
+    if isinstance(rank, Mapping):
+        if unknown := sorted(set(rank) - {"tp", "pp", "ep"}):
+            raise UsageError(f"a rank has no coordinate {unknown[0]!r}", expected="tp, pp, ep")
+        return layout.rank(**rank)
+    layout.coordinates(rank)
+    return rank
 
 
 def _stored_view(tensor: Any, file: int) -> View:
@@ -621,14 +641,15 @@ def parse_size(text: int | str) -> int:
     >>> parse_size("1.5GiB"), parse_size("5GB"), parse_size(1024)
     (1610612736, 5000000000, 1024)
     """
-    if isinstance(text, int) and not isinstance(text, bool):
-        return text
     plain = str(text).strip()
     digits = plain.rstrip("BKMGTIbkmgti ")
     unit = _UNITS.get(plain[len(digits) :].strip().upper())
     try:
-        if unit is None or (value := float(digits)) < 0:
+        if unit is None or not digits.isascii() or not (value := Decimal(digits)).is_finite() or value < 0:
             raise ValueError
-        return int(value * unit)
-    except ValueError:
+        nbytes = int(value * unit)
+        if nbytes >= 1 << 63:
+            raise ValueError
+        return nbytes
+    except (ValueError, InvalidOperation):
         raise UsageError(f"not a size: {text!r}", remedy="Write 512MiB, 8GiB, 5GB or a number of bytes") from None

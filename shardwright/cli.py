@@ -389,7 +389,7 @@ def explain(src: str, tensor: str, **options: Any) -> None:
 def synth(config: str, out: str, sparse: bool, dtype: str | None, family: str | None, max_shard_size: str, seed: int) -> None:
     """Make a checkpoint of the right shapes from a config.json: random, or sparse."""
     from .api import find_family, parse_size
-    from .synth import synth as make
+    from .synthetic import synth as make
 
     made = make(config, out, sparse=sparse, dtype=dtype, family=find_family(family), max_shard_size=parse_size(max_shard_size), seed=seed)
     _say(f"wrote {_plain(made)}")

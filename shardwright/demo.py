@@ -14,7 +14,7 @@ from .errors import VerificationError
 from .executors.progress import StderrProgress
 from .planner.layout import Layout
 from .render import show_plan
-from .synth import synth
+from .synthetic import synth
 
 __all__ = ["run"]
 

@@ -8,15 +8,12 @@ from pathlib import Path
 __all__ = ["default_memory", "default_workers"]
 
 _MOST = 2 << 30
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def default_memory() -> int:
     """A quarter of what the host or cgroup has free, at most 2 GiB, in bytes."""
-    free = _available()
-    limit, used = _cgroup()
-    if limit is not None:
-        free = min(free, max(0, limit - used))
-    return min(_MOST, free // 4)
+    return min(_MOST, min([_available(), *_cgroup_rooms()]) // 4)
 
 
 def default_workers() -> int:
@@ -36,12 +33,25 @@ def _available() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _cgroup() -> tuple[int | None, int]:
-    """(limit, use) of the process's cgroup, version 2; (None, 0) where there is none."""
+def _cgroup_rooms() -> list[int]:
+    """Bytes left under each memory limit of the process's cgroup and of those around it (version 2)."""
     try:
         group = next(line.split("::")[1] for line in Path("/proc/self/cgroup").read_text().splitlines() if "::" in line)
-        folder = Path("/sys/fs/cgroup") / group.strip().lstrip("/")
+    except (OSError, StopIteration):
+        return []
+    parts = Path(group.strip().lstrip("/")).parts
+    rooms = (_room(_CGROUPS.joinpath(*parts[:depth])) for depth in range(len(parts) + 1))
+    return [room for room in rooms if room is not None]
+
+
+def _room(folder: Path) -> int | None:
+    """What one cgroup may still take; pages of files count as free, since the kernel gives them up first."""
+    try:
         limit = (folder / "memory.max").read_text().strip()
-        return (None if limit == "max" else int(limit)), int((folder / "memory.current").read_text())
-    except (OSError, StopIteration, ValueError):
-        return None, 0
+        if limit == "max":
+            return None
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        pages = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+        return max(0, int(limit) - max(0, int((folder / "memory.current").read_text()) - pages))
+    except (OSError, ValueError):
+        return None

@@ -125,7 +125,7 @@ def _program(program: Program, bound: Bindings, where: str, kernels: set[str]) -
         if len(program.outputs) != 1 or program.outputs[0].dtype != program.dtype:
             fail(f"{where}.outputs", "of a plain copy is not one tensor of its dtype")
     elif program.op.kernel not in kernels or len(program.op.block) != axes:
-        fail(f"{where}.op", "is not a value op of this version", actual=program.op.kernel[:80])
+        fail(f"{where}.op", "is no value op of this version or of a scheme that is registered here", actual=program.op.kernel[:80])
     for k, output in enumerate(program.outputs):
         _output(program, output, targets, f"{where}.outputs[{k}]")
 

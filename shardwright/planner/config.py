@@ -92,6 +92,8 @@ def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], 
 
 
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+_SWITCHES = ("tie_word_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm")
+_NUMBERS = ("max_position_embeddings", "rms_norm_eps", "rope_theta")
 
 
 def _check_count(name: str, fields: Mapping[str, Any], file: str) -> None:
@@ -103,6 +105,17 @@ def _check_count(name: str, fields: Mapping[str, Any], file: str) -> None:
 def _check_types(fields: Mapping[str, Any], file: str) -> None:
     for name in fields:
         _check_count(name, fields, file)
+    for name in _SWITCHES:
+        if not isinstance(fields.get(name, False), bool):
+            raise ConfigError(f"{name} must be true or false", file=file, actual=repr(fields[name]))
+    for name in _NUMBERS:
+        if not isinstance(value := fields.get(name, 1), int | float) or isinstance(value, bool):
+            raise ConfigError(f"{name} must be a number", file=file, actual=repr(value))
+    scaling, window = fields.get("rope_scaling"), fields.get("sliding_window")
+    if scaling is not None and not isinstance(scaling.get("factor", 1.0), int | float):
+        raise ConfigError("the factor of rope_scaling must be a number", file=file, actual=repr(scaling["factor"]))
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
+        raise ConfigError("sliding_window must be an integer", file=file, actual=repr(window))
     heads, groups = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
     if heads and groups and heads % groups:
         raise ConfigError("key/value heads do not divide the attention heads", file=file, expected=f"a divisor of {heads}", actual=groups)
@@ -252,9 +265,9 @@ def _megatron_rope(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
         return rope, []
     kind = scaling["rope_type"]
     if kind == "llama3" and all(scaling.get(k, v) == v for k, v in _LLAMA3_ROPE.items()):
-        return {**rope, "use_rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}, []
-    if kind == "linear" and float(scaling["factor"]).is_integer():
-        return {**rope, "rotary_seq_len_interpolation_factor": int(scaling["factor"])}, []
+        return {**rope, "use_rope_scaling": True, "rope_scaling_factor": float(scaling.get("factor", 8.0))}, []
+    if kind == "linear" and float(scaling.get("factor", 1.0)).is_integer():
+        return {**rope, "rotary_seq_len_interpolation_factor": int(scaling.get("factor", 1))}, []
     return rope, [f"Megatron's args cannot express this RoPE scaling; set it when you launch: {scaling}"]
 
 
@@ -284,7 +297,7 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
     for name, wanted in (("normalization", "RMSNorm"), ("position_embedding_type", "rope"), ("swiglu", True)):
         if need(name) != wanted:
             raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=wanted)
-    for name, usual in {"rotary_percent": 1.0, "rotary_interleaved": False, "num_experts": None}.items():
+    for name, usual in {"rotary_percent": 1.0, "rotary_interleaved": False, "num_experts": None, "apply_layernorm_1p": False}.items():
         if arguments.get(name, usual) != usual:
             raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=usual)
     heads = need("num_attention_heads")
@@ -309,17 +322,26 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
         "rms_norm_eps": need("norm_epsilon"),
         "hidden_act": "silu",
         "tie_word_embeddings": not arguments.get("untie_embeddings_and_output_weights", False),
-        "rope_theta": float(need("rotary_base")),
+        "rope_theta": float(base) if isinstance(base := need("rotary_base"), int) else base,
         "rope_scaling": _rope_from_megatron(arguments),
         "qkv_bias": linear_bias or bool(arguments.get("add_qkv_bias")),
         "attention_out_bias": linear_bias,
         "mlp_bias": linear_bias,
         "qk_norm": bool(arguments.get("qk_layernorm")),
-        "sliding_window": arguments["window_size"][0] + 1 if arguments.get("window_size") else None,
+        "sliding_window": _window(arguments.get("window_size"), file),
     }
     _check_types(fields, file)
     found = family or infer_family(fields, file)
     return ModelConfig(found.name, {rule.name: fields[rule.name] for rule in found.config})
+
+
+def _window(size: Any, file: str) -> int | None:
+    """Megatron counts the keys before a query, Hugging Face the query too; -1 is no window."""
+    if not size or size == -1:
+        return None
+    if not isinstance(size, tuple | list) or not isinstance(size[0], int):
+        raise ConfigError("args.window_size must be a pair of integers", file=file, actual=repr(size))
+    return None if size[0] < 0 else size[0] + 1
 
 
 def _rope_from_megatron(arguments: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -43,7 +43,10 @@ def explain(plan: Plan, name: str) -> str:
         No such tensor; lists the nearest names.
     """
     places = Places.of(plan)
-    for plain, rank in ((name, None), *_with_rank(name)):
+    spellings: list[tuple[str, int | None]] = [(name, None), *_with_rank(name)]
+    # Megatron's files keep a dialect's names under the key "model".
+    spellings += [(f"model.{plain}", rank) for plain, rank in spellings]
+    for plain, rank in spellings:
         targets = [t for t in plan.target_tensors if t.name == plain and rank in (None, t.rank)]
         if targets:
             return "\n\n".join("\n".join(_target(places, t)) for t in targets)

@@ -1,7 +1,8 @@
 """The one little language of the tables: arithmetic and comparison over config fields and ``layer``.
 
 1. The text is parsed with `ast` and every node is checked against a closed list: names, numbers, strings, ``+ - * // %``,
-   comparisons (``in`` a literal tuple too), ``and or not``, and ``a if c else b``. No calls, no attributes, no subscripts.
+   comparisons (``in`` a literal tuple too), ``and or not``, and ``a if c else b``. No calls, no attributes, no subscripts;
+   and arithmetic is for numbers: ``'a' * 10**9`` in Python would be a gigabyte.
 2. The checked tree is compiled once; evaluation sees the given fields and nothing else.
 
 Boundary: pure. Errors name the text and the fields that exist.
@@ -10,7 +11,7 @@ Boundary: pure. Errors name the text and the fields that exist.
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -38,6 +39,7 @@ class Expression:
 
     text: str
     names: frozenset[str]
+    numbers: frozenset[str]
     code: CodeType = field(repr=False, compare=False)
 
     def __call__(self, fields: Mapping[str, Any]) -> Any:
@@ -49,6 +51,8 @@ class Expression:
             A field is missing or has a type that the expression cannot use.
         """
         try:
+            if wrong := next((n for n in self.numbers if n in fields and not isinstance(fields[n], int | float | None)), None):
+                raise TypeError(f"{wrong} is no number")
             return eval(self.code, {"__builtins__": {}}, {n: fields[n] if n in fields else _WORDS[n] for n in self.names})
         except KeyError as error:
             known = ", ".join(sorted(map(str, fields)))
@@ -79,5 +83,28 @@ def parse(text: object, where: str = "") -> Expression:
                 f"{type(node).__name__} is not allowed in an expression", file=where, actual=repr(source),
                 remedy="Allowed: names, numbers, strings, + - * // %, comparisons, and/or/not, a if c else b",
             )  # fmt: skip
+    operands = [leaf for node in ast.walk(tree) if isinstance(node, ast.BinOp | ast.UnaryOp) for leaf in _operands(node)]
+    for leaf in operands:
+        if isinstance(leaf, ast.Tuple | ast.List) or (isinstance(leaf, ast.Constant) and not isinstance(leaf.value, int | float)):
+            raise TableError("arithmetic is for numbers", file=where, actual=repr(source))
     names = frozenset(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
-    return Expression(source, names, compile(tree, where or "<table>", "eval"))
+    numbers = frozenset(leaf.id for leaf in operands if isinstance(leaf, ast.Name))
+    return Expression(source, names, numbers, compile(tree, where or "<table>", "eval"))
+
+
+def _operands(node: ast.expr) -> Iterator[ast.expr]:
+    """The values that arithmetic at `node` may meet."""
+    match node:
+        case ast.BinOp():
+            yield from (*_operands(node.left), *_operands(node.right))
+        case ast.UnaryOp(op=ast.USub()):
+            yield from _operands(node.operand)
+        case ast.IfExp():
+            yield from (*_operands(node.body), *_operands(node.orelse))
+        case ast.BoolOp():
+            for value in node.values:
+                yield from _operands(value)
+        case ast.UnaryOp() | ast.Compare():
+            return
+        case _:
+            yield node

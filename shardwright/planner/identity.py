@@ -98,6 +98,7 @@ def named_in(identity: Mapping[str, Any], kind: str, registry: Registry[T]) -> T
     if name not in registry:
         raise CheckpointError(
             f"shardwright.json names a {kind} that is not registered here", file=FILE_NAME, actual=repr(name),
-            remedy=f"Known: {', '.join(registry.names())}. " + ("Give its table with --family FILE" if kind == "family" else "Register it first (shardwright.register)"),
+            remedy=f"Known: {', '.join(registry.names())}. "
+            + ("Give its table with --family FILE" if kind == "family" else "Register it first (shardwright.register)"),
         )  # fmt: skip
     return registry.get(name)

@@ -75,6 +75,9 @@ class Layout:
         >>> Layout(tp=2, pp=3).rank(tp=1, pp=2)
         5
         """
+        for name, at, size in (("tp", tp, self.tp), ("pp", pp, self.pp), ("ep", ep, self.ep)):
+            if not 0 <= at < size:
+                raise UsageError(f"no such {name} rank", expected=f"0 … {size - 1}", actual=at)
         return tp + self.tp * (ep + self.ep * pp)
 
     def coordinates(self, rank: int) -> dict[str, int]:
@@ -189,7 +192,7 @@ def _kv_heads(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: st
         return _even(0, shape[0], tp, "the rows")
     if tp % heads:
         raise LayoutError(
-            f"tp {tp} and {heads} key/value heads do not divide each other", expected=f"a divisor or a multiple of {heads}", actual=f"tp {tp}"
+            f"tp {tp} and {heads} key/value heads do not divide each other", expected=f"a divisor or multiple of {heads}", actual=f"tp {tp}"
         )
     return Split(0, heads, tp // heads) if kv == "replicate" else _even(0, shape[0], tp, "the rows")
 

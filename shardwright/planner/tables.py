@@ -146,7 +146,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 def _family(table: dict[str, Any], origin: str) -> Family:
     _known_keys(table, _FAMILY_KEYS, origin, "the family")
     if base := table.get("extends"):
-        table = _merged(_base_table(base, origin), table)
+        table = _merged(_base_table(base, origin), table, origin)
     name = _text(table, "name", origin, "the family")
     tensors = tuple(_hub_tensor(entry, f"{origin} [[tensor]] {i + 1}") for i, entry in enumerate(_entries(table, "tensor", origin)))
     if not tensors:
@@ -155,7 +155,7 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     _unique([t.stored for t in tensors], origin, "[[tensor]] huggingface")
     known = {t.name for t in tensors}
     aliases = tuple(_alias(entry, f"{origin} [[alias]] {i + 1}", known) for i, entry in enumerate(_entries(table, "alias", origin)))
-    rules = tuple(_config_rule(key, rule, f"{origin} [config] {key}") for key, rule in dict(table.get("config", {})).items())
+    rules = tuple(_config_rule(key, rule, f"{origin} [config] {key}") for key, rule in _config(table, origin).items())
     fields = {rule.name for rule in rules} | {"layer", "true", "false", "none"}
     for where, expression in [(t.name, e) for t in tensors for e in (*t.shape, t.when)] + [(a.name, a.when) for a in aliases]:
         if unknown := expression.names - fields:
@@ -179,24 +179,27 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     )
 
 
-def _base_table(name: str, origin: str) -> dict[str, Any]:
+def _base_table(name: Any, origin: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     for folder in (Path(origin).parent, resources.files(__package__) / "families"):
-        path = folder / f"{name}.toml"
+        path = Path(str(folder / f"{name}.toml"))
         if path.is_file():
-            base: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+            if str(path) in (*seen, origin):
+                raise TableError("a family extends itself", file=origin, actual=repr(name))
+            base = _read(path)
+            _known_keys(base, _FAMILY_KEYS, str(path), "the family")
             if parent := base.get("extends"):
-                base = _merged(_base_table(parent, str(path)), base)
+                base = _merged(_base_table(parent, str(path), (*seen, origin)), base, str(path))
             return base
     raise TableError("the family it extends is not known", file=origin, actual=repr(name), remedy=f"Known: {', '.join(FAMILIES.names())}")
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merged(base: dict[str, Any], over: dict[str, Any], origin: str) -> dict[str, Any]:
     """`over` on top of `base`: config fields and tensors by name, the rest replaced."""
-    merged = {**base, **over, "config": {**base.get("config", {}), **over.get("config", {})}}
+    merged = {**base, **over, "config": {**_config(base, origin), **_config(over, origin)}}
     for kind in ("tensor", "alias", "ignore"):
-        mine = list(over.get(kind, []))
+        mine = _entries(over, kind, origin)
         names = {entry.get("name") for entry in mine if kind != "ignore"}
-        merged[kind] = [entry for entry in base.get(kind, []) if kind == "ignore" or entry.get("name") not in names] + mine
+        merged[kind] = [entry for entry in _entries(base, kind, origin) if kind == "ignore" or entry.get("name") not in names] + mine
     return merged
 
 
@@ -205,14 +208,14 @@ def _hub_tensor(entry: dict[str, Any], where: str) -> HubTensor:
     name = _text(entry, "name", where, "a tensor")
     if not isinstance(entry.get("shape"), list):
         raise TableError("a tensor needs a shape: a list of expressions", file=where, actual=entry.get("shape"))
-    stage = entry.get("stage", "layer" if "{layer}" in name else "first")
+    stage, stored = entry.get("stage", "layer" if "{layer}" in name else "first"), entry.get("huggingface", name)
     return HubTensor(
-        _template(name, where),
+        name,
         tuple(parse(e, f"{where} shape") for e in entry["shape"]),
         parse(entry.get("when", "true"), f"{where} when"),
         _choice(entry.get("split", "none"), SPLITS, where, "split"),
-        _choice(stage, STAGES, where, "stage"),
-        _template(entry.get("huggingface", name), where),
+        _stage(stage, [name, stored], where),
+        stored,
     )
 
 
@@ -224,8 +227,20 @@ def _alias(entry: dict[str, Any], where: str, known: set[str]) -> Alias:
     return Alias(_text(entry, "name", where, "an alias"), target, parse(entry.get("when", "true"), f"{where} when"))
 
 
+def _config(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    config = table.get("config", {})
+    if not isinstance(config, dict):
+        raise TableError("[config] must be a table", file=origin, actual=config)
+    return config
+
+
 def _config_rule(name: str, rule: Any, where: str) -> ConfigRule:
-    if not isinstance(rule, dict) or not set(rule) <= {"key", "default", "value"} or ("value" in rule) == ("key" in rule):
+    if (
+        not isinstance(rule, dict)
+        or not set(rule) <= {"key", "default", "value"}
+        or ("value" in rule) == ("key" in rule)
+        or not isinstance(rule.get("key", ""), str)
+    ):
         raise TableError('a config field is { key = "…", default = "…" } or { value = "…" }', file=where, actual=rule)
     text = rule.get("value", rule.get("default"))
     return ConfigRule(name, rule.get("key"), None if text is None else parse(text, where))
@@ -235,7 +250,9 @@ def _dialect(table: dict[str, Any], origin: str) -> Dialect:
     _known_keys(table, _DIALECT_KEYS, origin, "the dialect")
     specs = tuple(_texts(table, "specs", origin))
     rows: tuple[Row, ...] | None = None
-    if table.get("rows") != "family":
+    if "rows" in table:
+        _choice(table["rows"], ("family",), origin, "rows")
+    else:
         rows = tuple(_row(entry, specs, f"{origin} [[row]] {i + 1}") for i, entry in enumerate(_entries(table, "row", origin)))
         for spec in specs or ("",):
             _unique([row.names[spec] for row in rows], origin, f"[[row]] {spec}")
@@ -266,18 +283,20 @@ def _row(entry: dict[str, Any], specs: tuple[str, ...], where: str) -> Row:
         raise TableError("a row of several hub tensors needs a layout that joins them", file=where, actual=list(hub))
     stage = entry.get("stage", "layer" if "{layer}" in hub[0] else "first")
     return Row(
-        {spec: _template(text, where) for spec, text in names.items()},
+        names,
         hub,
         layout,
         _choice(entry.get("split", "none"), SPLITS, where, "split"),
-        _choice(stage, STAGES, where, "stage"),
+        _stage(stage, [*names.values(), *hub], where),
         parse(entry.get("when", "true"), f"{where} when"),
     )
 
 
 def _operation(text: str, where: str) -> tuple[str, tuple[Any, ...]]:
     """``"pad(0, 128)"`` → ``("pad", (0, 128))``: a registered name with literal arguments."""
-    name, _, inside = text.partition("(")
+    name, bracket, inside = text.partition("(")
+    if bracket and not inside.rstrip().endswith(")"):
+        raise TableError("a bracket is not closed", file=where, actual=repr(text))
     try:
         arguments = ast.literal_eval(f"({inside.removesuffix(')')},)") if inside.strip(") ") else ()
     except (ValueError, SyntaxError):
@@ -285,10 +304,19 @@ def _operation(text: str, where: str) -> tuple[str, tuple[Any, ...]]:
     return _choice(name.strip(), OPERATIONS, where, "operation"), tuple(arguments)
 
 
-def _template(text: str, where: str) -> str:
-    if text.count("{") != text.count("{layer}") or text.count("}") != text.count("{layer}"):
-        raise TableError("a name can count only {layer}", file=where, actual=repr(text))
-    return text
+def _stage(value: Any, names: Sequence[Any], where: str) -> str:
+    """A stage; what every layer has counts ``{layer}`` in each of its names, and nothing else does."""
+    stage = _choice(value, STAGES, where, "stage")
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise TableError("a name is a string", file=where, actual=repr(name))
+        if not name.count("{") == name.count("}") == name.count("{layer}"):
+            raise TableError("a name can count only {layer}", file=where, actual=repr(name))
+        if ("{layer}" in name) != (stage == "layer"):
+            raise TableError(
+                "what every layer has needs {layer} in each of its names, and nothing else may have it", file=where, actual=repr(name)
+            )
+    return stage
 
 
 def _choice(value: Any, known: Any, where: str, what: str) -> str:
@@ -326,6 +354,8 @@ def _entries(table: Mapping[str, Any], key: str, where: str) -> list[dict[str, A
 
 def _ignores(table: Mapping[str, Any], origin: str) -> tuple[Ignore, ...]:
     entries = _entries(table, "ignore", origin)
+    for entry in entries:
+        _known_keys(entry, {"pattern", "reason"}, origin, "[[ignore]]")
     return tuple(Ignore(_text(e, "pattern", origin, "[[ignore]]"), _text(e, "reason", origin, "[[ignore]]")) for e in entries)
 
 

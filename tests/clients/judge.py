@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from shardwright import Layout
     from tests.clients.mcore import Megatron
 
-__all__ = ["MEMORY", "TOLERANCE", "assert_same_bits", "assert_same_model", "distance", "huggingface_logits", "megatron_logits", "rank_contents"]
+__all__ = [
+    "MEMORY",
+    "TOLERANCE",
+    "assert_same_bits",
+    "assert_same_model",
+    "distance",
+    "huggingface_logits",
+    "megatron_logits",
+    "rank_contents",
+]
 
 MEMORY = "256MiB"
 TOLERANCE = 1e-4

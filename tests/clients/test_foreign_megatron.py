@@ -51,8 +51,8 @@ def _args(folder: Path, layout: Layout, **more: Any) -> argparse.Namespace:
     ],
 )
 def test_checkpoints_that_megatron_made(
-    case: str, family: str | None, dtype: str, layout: Layout, spec: str, more: dict[str, Any], hf_case: Callable[..., Path], mcore: Megatron,
-    tmp_path: Path,
+    case: str, family: str | None, dtype: str, layout: Layout, spec: str, more: dict[str, Any],
+    hf_case: Callable[..., Path], mcore: Megatron, tmp_path: Path,
 ) -> None:  # fmt: skip
     args = _args(hf_case(case, dtype=dtype), layout, **more)
     folder = mcore.save(Foreign(str(tmp_path / "foreign"), args, spec))

@@ -140,7 +140,8 @@ def test_there_and_back_over_the_grid(trip: Trip, hf_case: Callable[..., Path], 
 
 def test_selection_covers_every_value() -> None:
     values: dict[str, set[Any]] = {
-        "case": set(hf_models.CASES), "spec": {"te", "local"}, "dtype": {"float32", "bfloat16"}, "tp": {1, 2, 4}, "pp": {1, 2, 3}, "vpp": {1, 2}
+        "case": set(hf_models.CASES), "spec": {"te", "local"}, "dtype": {"float32", "bfloat16"},
+        "tp": {1, 2, 4}, "pp": {1, 2, 3}, "vpp": {1, 2},
     }  # fmt: skip
     for axis, wanted in values.items():
         assert {getattr(trip if axis in Trip._fields else trip.layout, axis) for trip in SELECTION} == wanted, axis

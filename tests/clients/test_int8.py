@@ -100,7 +100,9 @@ def _dequantised(folder: Path, out: Path) -> Path:
 
     tensors = hf_models.tensors(folder)
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale")}
-    plain = {name: tensor.float() * scales[f"{name}_scale"].float() if f"{name}_scale" in scales else tensor for name, tensor in tensors.items()}
+    plain = {
+        name: tensor.float() * scales[f"{name}_scale"].float() if f"{name}_scale" in scales else tensor for name, tensor in tensors.items()
+    }
     out.mkdir()
     config = {k: v for k, v in hf_models.config(folder).items() if k != "quantization_config"}
     (out / "config.json").write_text(json.dumps(config))

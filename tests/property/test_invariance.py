@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from bisect import bisect_right
@@ -42,6 +43,14 @@ CASES = {
     "cast": ("hf", Request("ranks", sw.Layout(tp=3), pad_vocab_to=3, dtype="bfloat16"), 2900),
     "int8": ("hf", Request("huggingface", quantize="int8"), 2300),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_sync() -> Iterator[None]:
+    """These tests look at bytes, not at what survives a power cut: waiting for the disk is most of their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shardwright.errors import PlanError, ReplicaMismatchError, UsageError
+from shardwright.errors import PlanError, ReplicaMismatchError, RunError, UsageError
 from shardwright.executors import cluster as cluster_module
 from shardwright.executors.cluster import PAYLOAD_BYTES, Cluster, payload
 from shardwright.executors.execute import compare, execute, fit_plan
-from shardwright.executors.worker import RECEIPT_BYTES, run_tile
+from shardwright.executors.worker import RECEIPT_BYTES, active, close, halt, run_tile
 from shardwright.planner.containers.base import Crc
 from shardwright.planner.tensor.lazy import leaf
 from shardwright.planner.tensor.pieces import Piece
@@ -23,14 +23,20 @@ ROOMY = 1 << 30
 
 
 @pytest.fixture(scope="module")
-def address():
+def address(tmp_path_factory):
     from distributed import LocalCluster
 
     with warnings.catch_warnings():
         # dask's own housekeeping of its sockets and loops is not what is tested here.
         warnings.simplefilter("ignore")
         with LocalCluster(
-            processes=True, n_workers=2, threads_per_worker=1, dashboard_address=None, resources={"bytes": 64 << 20}, silence_logs=50
+            processes=True,
+            n_workers=2,
+            threads_per_worker=1,
+            dashboard_address=None,
+            resources={"bytes": 64 << 20},
+            local_directory=str(tmp_path_factory.mktemp("dask")),
+            silence_logs=50,
         ) as found:
             yield found.scheduler_address
 
@@ -145,4 +151,9 @@ def test_a_receipt_is_small_and_carries_the_checksums(tmp_path):
         targets.checksums.absorb(extents)
     targets.finish()
     targets.close()
+    close("small")
+    assert active("small") == 0
+    halt("small")
+    with pytest.raises(RunError, match="stopped"):
+        run_tile(payload(plan, 0, fit_of(plan, 64, 1), "small", str(tmp_path / "data")))
     assert compare(plan, tmp_path / "data", memory=ROOMY) == []

@@ -6,6 +6,8 @@ shape to give it away.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,14 @@ MODELS = {
     "biased": Model(qkv_bias=True, out_bias=True, mlp_bias=True, kv=24),
     "oblong": Model(kv=24, ffn=144, layers=13),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_sync() -> Iterator[None]:
+    """These tests look at bytes, not at what survives a power cut: waiting for the disk is most of their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
 
 
 def layout(cut: Cut) -> sw.Layout:

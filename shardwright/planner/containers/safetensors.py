@@ -55,6 +55,7 @@ class Safetensors:
 
     name: str = "safetensors"
     suffix: str = ".safetensors"
+    ignores_path: bool = True
 
     def read(self, store: Store, path: str) -> ContainerIndex:
         """Parse one file's header.
@@ -209,7 +210,8 @@ def _tile(rows: list[_Row], path: str, base: int, size: int) -> dict[str, Stored
     for begin, end, name, kind, shape, _ in rows:
         if begin != position:
             what = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
-            raise ContainerError(f"the data {what}", file=path, tensor=name, expected=f"begin {position}", actual=f"begin {begin}", remedy=_AGAIN)
+            facts = {"expected": f"begin {position}", "actual": f"begin {begin}"}
+            raise ContainerError(f"the data {what}", file=path, tensor=name, **facts, remedy=_AGAIN)
         position = end
         tensors[name] = StoredTensor(name, kind, shape, path, base + begin)
     if base + position != size:
@@ -258,21 +260,28 @@ def _short(value: object) -> str:
 
 def _measure(path: str, tensors: Sequence[TensorSpec]) -> tuple[list[DType], list[int]]:
     """Dtype and bytes of each tensor; refuses names given twice."""
-    kinds, sizes, names = [], [], {_METADATA}
-    for spec in tensors:
-        if spec.name in names:
-            what = "reserved" if spec.name == _METADATA else "given twice"
-            raise UsageError(f"a tensor's name is {what}", file=path, tensor=spec.name)
-        names.add(spec.name)
-        count = count_elements(list(spec.shape))
-        kind = dtype(spec.dtype)
-        if count < 0:
-            raise UsageError("not a shape", file=path, tensor=spec.name, actual=spec.shape)
-        if count * kind.bits % 8:
-            raise UsageError(f"{count} elements of {kind.name} do not fill whole bytes", file=path, tensor=spec.name)
-        kinds.append(kind)
-        sizes.append(kind.nbytes(count))
-    return kinds, sizes
+    found: list[tuple[DType, int]] = []
+    known: dict[tuple[str, tuple[int, ...]], tuple[DType, int]] = {}
+    names = {_METADATA}
+    for name, kind, shape in tensors:
+        if name in names:
+            what = "reserved" if name == _METADATA else "given twice"
+            raise UsageError(f"a tensor's name is {what}", file=path, tensor=name)
+        names.add(name)
+        if (kind, shape) not in known:
+            known[kind, shape] = _kind_of(path, name, kind, shape)
+        found.append(known[kind, shape])
+    return [kind for kind, _ in found], [size for _, size in found]
+
+
+def _kind_of(path: str, name: str, dtype_name: str, shape: tuple[int, ...]) -> tuple[DType, int]:
+    count = count_elements(list(shape))
+    kind = dtype(dtype_name)
+    if count < 0:
+        raise UsageError("not a shape", file=path, tensor=name, actual=shape)
+    if count * kind.bits % 8:
+        raise UsageError(f"{count} elements of {kind.name} do not fill whole bytes", file=path, tensor=name)
+    return kind, kind.nbytes(count)
 
 
 def _offsets(order: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], int]:
@@ -289,8 +298,9 @@ def _header_bytes(path: str, rows: Sequence[tuple[TensorSpec, DType, int, int]],
     if metadata is not None:
         texts = {key: metadata[key] for key in sorted(_texts(metadata, path))}
         parts.append(f'"{_METADATA}":{json.dumps(texts, ensure_ascii=False, separators=(",", ":"))}')
+    shapes: dict[tuple[int, ...], str] = {}
     for spec, kind, begin, end in rows:
-        shape = f"[{','.join(map(str, spec.shape))}]"
+        shape = shapes.get(spec.shape) or shapes.setdefault(spec.shape, f"[{','.join(map(str, spec.shape))}]")
         # serde_json escapes what `encode_basestring` escapes: quotes, backslashes and control characters.
         parts.append(_ENTRY.format(encode_basestring(spec.name), kind.tag, shape, begin, end))
     try:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Protocol
 
 from ..config import ModelConfig
 from ..containers.base import TensorSpec
 from ..layout import Layout
+from ..passes.rows import hub_tensors
 from ..passes.sides import Units, Wanted
 from ..plan import Dropped
 from ..schemes import Scheme
@@ -81,6 +83,11 @@ class Source:
     identity: Mapping[str, Any] | None = None
     config_path: str = "hf/config.json"
 
+    @cached_property
+    def hub(self) -> Mapping[str, tuple[int, ...]]:
+        """Every hub tensor of the model, with its shape."""
+        return hub_tensors(self.family, self.config)
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -115,13 +122,17 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One container file or folder: its path, its tensors as positions in `Target.wanted` with their keys, its objects."""
+    """One container file or folder: its path, its tensors as positions in `Target.wanted` with their keys, its objects.
+
+    `tp` is the unit's rank as a place in the `ranks` of its tensors.
+    """
 
     path: str
     members: tuple[int, ...]
     tensors: tuple[TensorSpec, ...]
     objects: Mapping[str, Any] | None = None
     metadata: Mapping[str, Any] | None = None
+    tp: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,16 @@ def config_bytes(config: Mapping[str, Any]) -> bytes:
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
+def stages(target: Target) -> dict[tuple[int, ...], list[int]]:
+    """The tp ranks of every stage, with the positions in `Target.wanted` of the tensors that each of them holds."""
+    layout = target.layout
+    groups = [tuple(layout.rank(tp, pp, ep) for tp in range(layout.tp)) for pp in range(layout.pp) for ep in range(layout.ep)]
+    found: dict[tuple[int, ...], list[int]] = {ranks: [] for ranks in groups}
+    for i, wanted in enumerate(target.wanted):
+        found[wanted.ranks].append(i)
+    return found
+
+
 def carried(target: Target, folder: str) -> tuple[tuple[tuple[str, bytes], ...], tuple[tuple[str, str], ...]]:
     """(small files, copies) that put config.json and companions into `folder` of the target."""
     config = target.verbatim if target.verbatim is not None else config_bytes(target.config_json)

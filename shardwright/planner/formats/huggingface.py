@@ -89,9 +89,15 @@ class HuggingFace:
         files, copies = carried(target, "")
         if len(shards) > 1:
             total = sum(dtype_of(w.dtype).nbytes(prod(w.shape)) for w in target.wanted)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            files += (("model.safetensors.index.json", (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()),)
+            files += (("model.safetensors.index.json", _index(total, weight_map)),)
         return Filing(tuple(units), files, copies)
+
+
+def _index(total: int, weight_map: Mapping[str, str]) -> bytes:
+    """What ``json.dumps(index, indent=2, sort_keys=True)`` gives, whose indenting encoder is slow."""
+    lines = [f"    {json.dumps(name)}: {json.dumps(path)}" for name, path in sorted(weight_map.items())]
+    body = '{\n  "metadata": {\n    "total_size": %d\n  },\n  "weight_map": {\n%s\n  }\n}\n'
+    return (body % (total, ",\n".join(lines))).encode()
 
 
 def _entry(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -133,7 +139,7 @@ def _read(
     for name, path in (weight_map or {}).items():
         if name not in tensors or (tensors[name].file != path and not any(d.name == f"{path}: {name}" for d in dropped)):
             raise CheckpointError(
-                f"{entry} names a tensor that its file does not hold", tensor=name, file=path, remedy="One of the two is stale: copy both again"
+                f"{entry} names a tensor that its file does not hold", tensor=name, file=path, remedy="One of them is stale: copy both"
             )
     return tensors, dropped
 

@@ -27,7 +27,7 @@ from ..plan import Dropped
 from ..store import Store
 from ..tables import DIALECTS, FAMILIES, Dialect, Family
 from .base import Filing, Hints, Source, Target, Unit, companions
-from .common import carried, missing_config, read_unit, settle
+from .common import carried, missing_config, read_unit, settle, stages
 from .ranks import best_spec
 
 __all__ = ["MegatronLegacy"]
@@ -85,14 +85,12 @@ class MegatronLegacy:
 
     def file(self, target: Target) -> Filing:
         arguments, warnings = _arguments(target)
-        members: dict[int, list[int]] = {rank: [] for rank in range(target.layout.ranks)}
-        for i, wanted in enumerate(target.wanted):
-            members[wanted.rank].append(i)
-        units = tuple(self._unit(target, rank, positions, arguments) for rank, positions in members.items())
+        units = [unit for ranks, positions in stages(target).items() for unit in self._units(target, ranks, tuple(positions), arguments)]
         files, copies = carried(target, "hf/")
-        return Filing(units, ((TRACKER, b"release"), *files), copies, tuple(warnings))
+        return Filing(tuple(units), ((TRACKER, b"release"), *files), copies, tuple(warnings))
 
-    def _unit(self, target: Target, rank: int, positions: list[int], arguments: Mapping[str, Any]) -> Unit:
+    def _units(self, target: Target, ranks: tuple[int, ...], positions: tuple[int, ...], arguments: Mapping[str, Any]) -> list[Unit]:
+        """The files of one stage's tp ranks, which differ in nothing but their paths and data."""
         virtual = target.layout.vpp > 1
         models: dict[str, dict[str, TensorRef]] = {f"model{v}" if virtual else "model": {} for v in range(target.layout.vpp)}
         tensors = []
@@ -102,7 +100,8 @@ class MegatronLegacy:
             models[key][wanted.name] = TensorRef(f"{key}.{wanted.name}")
             tensors.append(TensorSpec(f"{key}.{wanted.name}", wanted.dtype, wanted.shape))
         objects = {"args": Namespace(dict(arguments)), "checkpoint_version": 3.0, "iteration": 0, **models}
-        return Unit(f"release/{_folder(target.layout, rank)}/model_optim_rng.pt", tuple(positions), tuple(tensors), objects)
+        specs, paths = tuple(tensors), [f"release/{_folder(target.layout, rank)}/model_optim_rng.pt" for rank in ranks]
+        return [Unit(path, positions, specs, objects, tp=tp) for tp, path in enumerate(paths)]
 
 
 def _folder(layout: Layout, rank: int) -> str:

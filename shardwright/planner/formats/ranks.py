@@ -22,7 +22,7 @@ from ..passes.sides import check_units
 from ..store import Store
 from ..tables import DIALECTS, Dialect
 from .base import Filing, Hints, Source, Target, Unit, companions
-from .common import carried, missing_config, read_unit, scheme_of, settle
+from .common import carried, missing_config, read_unit, scheme_of, settle, stages
 
 __all__ = ["Ranks"]
 
@@ -88,17 +88,15 @@ class Ranks:
         )
 
     def file(self, target: Target) -> Filing:
-        members: dict[int, list[int]] = {rank: [] for rank in range(target.layout.ranks)}
-        for i, wanted in enumerate(target.wanted):
-            members[wanted.rank].append(i)
         prefixed = target.layout.vpp > 1 and target.dialect.numbering == "local"
         suffix = CONTAINERS.get(target.container).suffix
         metadata = {"format": "pt"} if target.container in ("safetensors", "zarr") else None
         units = []
-        for rank, positions in members.items():
-            chosen = [target.wanted[i] for i in positions]
-            tensors = tuple(TensorSpec(f"model{w.chunk}.{w.name}" if prefixed else w.name, w.dtype, w.shape) for w in chosen)
-            units.append(Unit(_stem(target.layout, rank) + suffix, tuple(positions), tensors, metadata=metadata))
+        for ranks, positions in stages(target).items():
+            chosen, members = [target.wanted[i] for i in positions], tuple(positions)
+            tensors = tuple([TensorSpec(f"model{w.chunk}.{w.name}" if prefixed else w.name, w.dtype, w.shape) for w in chosen])
+            paths = [_stem(target.layout, rank) + suffix for rank in ranks]
+            units += [Unit(path, members, tensors, metadata=metadata, tp=tp) for tp, path in enumerate(paths)]
         files, copies = carried(target, "hf/")
         return Filing(tuple(units), files, copies)
 

@@ -25,9 +25,9 @@ from typing import Any
 from ...errors import UsageError
 from ..config import ModelConfig, to_huggingface
 from ..containers import CONTAINERS
-from ..containers.base import Placement
+from ..containers.base import Container, UnitLayout
 from ..formats import FORMATS
-from ..formats.base import Filing, Source, Target
+from ..formats.base import Filing, Source, Target, Unit
 from ..identity import FILE_NAME, SCHEMA
 from ..layout import Layout
 from ..plan import PLAN_FORMAT, Dropped, Plan, SourceFile, TargetFile, TensorEntry
@@ -40,7 +40,7 @@ from .rows import RowInstance, expand, scope
 from .sides import SourceSide, TargetSide, Wanted, place, resolve, targets
 from .tiling import TILE_BYTES, choose_cuts, tile
 
-__all__ = ["Located", "Request", "build", "locate", "padded_vocab", "plan_hash", "read_side"]
+__all__ = ["Located", "Request", "build", "castable", "locate", "padded_vocab", "plan_hash", "read_side"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,10 @@ def _no_collector() -> Iterator[None]:
     try:
         yield
     finally:
+        if gc.get_freeze_count() == 0:
+            # To the oldest generation at once, instead of a walk over all of them at the next allocation.
+            gc.freeze()
+            gc.unfreeze()
         if enabled:
             gc.enable()
 
@@ -123,8 +127,7 @@ def build(source: Source, request: Request, *, tile_bytes: int = TILE_BYTES) -> 
         words = _words(source, request)
         side, wanted = _sides(source, request, words, _cast(source.family, request.dtype))
         filing = _file(source, request, words, side, wanted)
-        files, entries, places = _lay_out(filing, words, wanted)
-        place(wanted, lambda w: places[w.bound, w.row, w.operand])
+        files, entries = _lay_out(filing, words, wanted)
         plan = _assemble(source, request, words, side, wanted, files, entries, filing, tile_bytes)
         plan = _with_identity(plan, source, request, words, wanted, filing)
         check(plan)
@@ -154,18 +157,20 @@ def locate(source: Source, request: Request, target: Source) -> Located:
         missing: list[str] = []
         different: list[str] = []
 
-        def where(w: Wanted) -> tuple[int, int, int]:
-            found.add((w.rank, w.chunk, w.name))
-            stored = target.units.get((w.rank, w.chunk), {}).get(w.name)
+        def where(w: Wanted, rank: int) -> tuple[int, int]:
+            found.add((rank, w.chunk, w.name))
+            stored = target.units.get((rank, w.chunk), {}).get(w.name)
             if stored is None:
-                missing.append(f"{w.name}@{w.rank}: {w.dtype} {w.shape}")
-                return 0, 0, 1
+                missing.append(f"{w.name}@{rank}: {w.dtype} {w.shape}")
+                return 0, 0
             if (stored.dtype, stored.shape) != (w.dtype, w.shape) or stored.strides is not None:
-                different.append(f"{w.name}@{w.rank}: expected {w.dtype} {w.shape}, actual {stored.dtype} {stored.shape}")
-            entries.append(TensorEntry(w.name, w.rank, w.dtype, w.shape, number[stored.file], stored.offset))
-            return number[stored.file], stored.offset, 1
+                different.append(f"{w.name}@{rank}: expected {w.dtype} {w.shape}, actual {stored.dtype} {stored.shape}")
+            entries.append(TensorEntry(w.name, rank, w.dtype, w.shape, number[stored.file], stored.offset))
+            return number[stored.file], stored.offset
 
-        place(wanted, where)
+        for tp in range(request.layout.tp):
+            places = [where(w, w.ranks[tp]) for w in wanted.wanted]
+            place(wanted, range(len(places)), tp, [file for file, _ in places], [offset for _, offset in places])
         extra = [
             f"{name}@{rank}"
             for (rank, chunk), unit in target.units.items()
@@ -225,7 +230,7 @@ Cast = Callable[[RowInstance, str, str], str]
 def _sides(source: Source, request: Request, words: _Words, cast: Cast) -> tuple[SourceSide, TargetSide]:
     family, config = source.family, source.config
     side = read_side(source, request.drop)
-    write = expand(family, config, words.dialect, words.spec, request.layout, words.padded_vocab)
+    write = expand(family, config, words.dialect, words.spec, request.layout, words.padded_vocab, hub=source.hub)
     return side, targets(write, request.layout, side, cast, words.scheme)
 
 
@@ -237,7 +242,8 @@ def read_side(source: Source, drop: Sequence[str] = ()) -> SourceSide:
     CheckpointError
         Missing, unknown or wrongly shaped tensors.
     """
-    read = expand(source.family, source.config, source.dialect, source.spec, source.layout, source.padded_vocab, reading=True)
+    family, config, padded = source.family, source.config, source.padded_vocab
+    read = expand(family, config, source.dialect, source.spec, source.layout, padded, hub=source.hub, reading=True)
     asked = tuple(Ignore(pattern, "left out with --drop") for pattern in drop)
     numbers = {path: i for i, path in enumerate(source.files)}
     return resolve(read, source.layout, source.units, numbers, (*asked, *source.dialect.ignore, *source.family.ignore), source.dialect.name)
@@ -245,7 +251,7 @@ def read_side(source: Source, drop: Sequence[str] = ()) -> SourceSide:
 
 def _cast(family: Family, dtype: str | None) -> Cast:
     """The user's dtype for floating tensors of 16 bits and more, but for those the family keeps."""
-    after = None if dtype is None else _castable(dtype)
+    after = None if dtype is None else castable(dtype)
 
     def cast(row: RowInstance, name: str, before: str) -> str:
         known = dtype_of(before)
@@ -261,7 +267,7 @@ _CASTABLE = (
 )  # fmt: skip
 
 
-def _castable(dtype: str) -> str:
+def castable(dtype: str) -> str:
     """The full name of a dtype that weights can be cast to."""
     name = dtype_of(dtype).name
     if name not in _CASTABLE:
@@ -315,29 +321,33 @@ def _main_dtype(wanted: TargetSide) -> str:
     return max(floats, key=lambda name: floats[name]) if floats else "float32"
 
 
-Places = dict[tuple[int, int, int], tuple[int, int, int]]
-
-
-def _lay_out(filing: Filing, words: _Words, wanted: TargetSide) -> tuple[list[TargetFile], list[TensorEntry], Places]:
-    """Every target file, every target tensor, and the place of each (bound, row, operand)."""
+def _lay_out(filing: Filing, words: _Words, wanted: TargetSide) -> tuple[list[TargetFile], list[TensorEntry]]:
+    """Every target file and every target tensor; each operand of `wanted` is given its place."""
     container = CONTAINERS.get(words.container)
     files: list[TargetFile] = []
     entries: list[TensorEntry] = []
-    places: Places = {}
+    before: tuple[Unit, UnitLayout] | None = None
     for unit in filing.units:
-        laid = container.lay_out(unit.path, unit.tensors, objects=unit.objects, metadata=unit.metadata)
-        base = len(files)
+        laid = _like(before, unit, container) or container.lay_out(unit.path, unit.tensors, objects=unit.objects, metadata=unit.metadata)
+        before = unit, laid
+        numbers = [len(files) + at.file for at in laid.places]
+        offsets = [at.offset for at in laid.places]
         files += [TargetFile(f.path, f.nbytes, f.static, f.crcs) for f in laid.files]
-        for position, spec, at in zip(unit.members, unit.tensors, laid.places, strict=True):
-            w = wanted.wanted[position]
-            places[w.bound, w.row, w.operand] = (base + at.file, at.offset, at.grain)
-            entries.append(_entry(spec.name, w, base, at))
+        place(wanted, unit.members, unit.tp, numbers, offsets, [at.grain for at in laid.places])
+        rank = wanted.wanted[unit.members[0]].ranks[unit.tp] if unit.members else 0
+        entries += [TensorEntry(t.name, rank, t.dtype, t.shape, n, o) for t, n, o in zip(unit.tensors, numbers, offsets, strict=True)]
     files += [TargetFile(path, len(data), ((0, data),) if data else ()) for path, data in filing.files]
-    return files, entries, places
+    return files, entries
 
 
-def _entry(name: str, wanted: Wanted, base: int, at: Placement) -> TensorEntry:
-    return TensorEntry(name, wanted.rank, wanted.dtype, wanted.shape, base + at.file, at.offset)
+def _like(before: tuple[Unit, UnitLayout] | None, unit: Unit, container: Container) -> UnitLayout | None:
+    """The layout of the unit before, under this one's path, where they hold the same: the tp ranks of a stage."""
+    if before is None or not getattr(container, "ignores_path", False):
+        return None
+    other, laid = before
+    if unit.tensors is not other.tensors or unit.objects is not other.objects or unit.metadata is not other.metadata:
+        return None
+    return UnitLayout((replace(laid.files[0], path=unit.path),), laid.places)
 
 
 def _assemble(
@@ -469,8 +479,7 @@ def _tensor_table(plan: Plan, wanted: TargetSide, filing: Filing) -> list[list[A
     axes = []
     for position in (i for unit in filing.units for i in unit.members):
         w = wanted.wanted[position]
-        bound = wanted.bounds[w.bound]
-        split = bound.outputs[w.operand // (bound.row.split.parts * bound.row.split.repeat)].split
+        split = wanted.bounds[w.bound].outputs[w.output].split
         axes.append(split.axis if split.parts > 1 else None)
     names = [f.path for f in plan.target_files]
     return [[t.name, t.rank, t.dtype, list(t.shape), axis, names[t.file]] for t, axis in zip(plan.target_tensors, axes, strict=True)]

@@ -22,9 +22,9 @@ from math import prod
 import numpy as np
 
 from ...errors import PlanError
-from ..plan import Output, Plan, Program, TensorEntry
-from ..tensor.dtypes import dtype as dtype_of
+from ..plan import Ints, Output, Plan, Program, TensorEntry
 from ..tensor.pieces import FILL, Box, Piece, align, count
+from .alike import Columns, alike
 
 __all__ = ["check"]
 
@@ -46,8 +46,9 @@ def check(plan: Plan) -> None:
         for output in program.outputs:
             _reaches_targets(output, program.label)
     _check_sources(plan)
-    _check_targets(plan)
-    _check_files(plan)
+    targets = Columns(plan.target_tensors)
+    _check_targets(plan, targets)
+    _check_files(plan, targets)
     _check_tiles(plan)
 
 
@@ -102,10 +103,6 @@ def _coordinates(box: Box, axis: int) -> np.ndarray[tuple[int], np.dtype[np.int6
     return found
 
 
-def _by_place(tensors: Iterable[TensorEntry]) -> dict[tuple[int, int], TensorEntry]:
-    return {(t.file, t.offset): t for t in tensors if prod(t.shape)}
-
-
 def _reaches_targets(output: Output, what: str) -> None:
     """Operands, in their order, make up whole copies of the output; neighbours that take the same elements count once."""
     by_operand: dict[int, list[Piece]] = defaultdict(list)
@@ -131,28 +128,20 @@ Read = tuple[int, int]
 
 def _check_sources(plan: Plan) -> None:
     """What is read of each source tensor covers it once."""
-    entries: dict[tuple[int, int], list[TensorEntry]] = defaultdict(list)
-    for entry in plan.source_tensors:
-        if prod(entry.shape):
-            entries[entry.file, entry.offset].append(entry)
-    reads: dict[tuple[int, int], list[Read]] = defaultdict(list)
     taken = [_reads(program) for program in plan.programs]
-    for number, bound in enumerate(plan.bindings):
-        for operand in taken[number]:
-            for place in zip(bound.source_file[:, operand].tolist(), bound.source_offset[:, operand].tolist(), strict=True):
-                if place not in entries:
-                    raise PlanError("a program reads where no source tensor begins", tensor=plan.programs[number].label, actual=place)
-                reads[place].append((number, operand))
+    reads: list[tuple[Read, Ints, Ints]] = [
+        ((number, operand), bound.source_file[:, operand], bound.source_offset[:, operand])
+        for number, bound in enumerate(plan.bindings)
+        for operand in taken[number]
+    ]
+    groups, stray, idle = alike(Columns(plan.source_tensors), reads)
+    if stray is not None:
+        raise PlanError("a program reads where no source tensor begins", tensor=plan.programs[stray[0][0]].label, actual=stray[1:])
+    if idle is not None:
+        raise PlanError("a source tensor is neither read nor dropped", tensor=idle.name, file=plan.source_files[idle.file].path)
     trusted = bool(plan.recipe.get("trust_replicas"))
-    proven: set[tuple[Shape, str, bool, int, tuple[Read, ...]]] = set()
-    for place, found in entries.items():
-        entry = found[0]
-        if place not in reads:
-            raise PlanError("a source tensor is neither read nor dropped", tensor=entry.name, file=plan.source_files[entry.file].path)
-        key = (entry.shape, entry.dtype, entry.contiguous, len(found), tuple(reads[place]))
-        if key not in proven:
-            proven.add(key)
-            _check_source(plan, found, [(plan.programs[number], taken[number][operand]) for number, operand in reads[place]], trusted)
+    for found, users in groups:
+        _check_source(plan, found, [(plan.programs[number], taken[number][operand]) for number, operand in users], trusted)
 
 
 def _reads(program: Program) -> dict[int, list[Piece]]:
@@ -187,30 +176,29 @@ def _lowest(piece: Piece) -> int:
     return piece.dst_off + sum((n - 1) * min(d, 0) for n, d, _ in piece.dims)
 
 
-def _check_targets(plan: Plan) -> None:
+Write = tuple[int, int, int]
+"""(program, output, target operand)"""
+
+
+def _check_targets(plan: Plan, targets: Columns) -> None:
     """Everything scattered into each target tensor covers it once."""
-    served: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
-    for number, (program, bound) in enumerate(zip(plan.programs, plan.bindings, strict=True)):
-        for k, output in enumerate(program.outputs):
-            for operand in sorted({p.slot for p in (*output.scatter, *output.zeros)}):
-                for place in zip(bound.target_file[:, operand].tolist(), bound.target_offset[:, operand].tolist(), strict=True):
-                    served[place].append((number, k, operand))
-    entries = _by_place(plan.target_tensors)
-    proven: set[tuple[Shape, str, tuple[tuple[int, int, int], ...]]] = set()
-    for place, pairs in served.items():
-        if place not in entries:
-            raise PlanError("a program writes where no target tensor begins", file=plan.target_files[place[0]].path, actual=place[1])
-        entry = entries[place]
-        key = (entry.shape, entry.dtype, tuple(pairs))
-        if key not in proven:
-            proven.add(key)
-            _check_target(plan, entry, pairs)
-    for place, entry in entries.items():
-        if place not in served:
-            raise PlanError("a target tensor is never written", tensor=entry.name, file=plan.target_files[entry.file].path)
+    writes: list[tuple[Write, Ints, Ints]] = [
+        ((number, k, operand), bound.target_file[:, operand], bound.target_offset[:, operand])
+        for number, (program, bound) in enumerate(zip(plan.programs, plan.bindings, strict=True))
+        for k, output in enumerate(program.outputs)
+        for operand in sorted({p.slot for p in (*output.scatter, *output.zeros)})
+    ]
+    groups, stray, idle = alike(targets, writes)
+    if stray is not None:
+        raise PlanError("a program writes where no target tensor begins", file=plan.target_files[stray[1]].path, actual=stray[2])
+    if idle is not None:
+        raise PlanError("a target tensor is never written", tensor=idle.name, file=plan.target_files[idle.file].path)
+    for entries, users in groups:
+        for entry in entries:
+            _check_target(plan, entry, users)
 
 
-def _check_target(plan: Plan, entry: TensorEntry, pairs: Sequence[tuple[int, int, int]]) -> None:
+def _check_target(plan: Plan, entry: TensorEntry, pairs: Sequence[Write]) -> None:
     written = []
     for number, k, operand in pairs:
         output = plan.programs[number].outputs[k]
@@ -230,24 +218,24 @@ def _disjoint_reads(scatter: Sequence[Piece], operand: int, shape: Shape, what: 
     _disjoint(_boxes([p for p in scatter if p.slot == operand], shape, what), what)
 
 
-def _check_files(plan: Plan) -> None:
+def _check_files(plan: Plan, targets: Columns) -> None:
     """Static bytes and tensors fill each file without overlap."""
-    extents: list[list[tuple[int, int, str]]] = [
-        [(offset, offset + len(data), "static bytes") for offset, data in f.static] for f in plan.target_files
-    ]
-    for t in plan.target_tensors:
-        if prod(t.shape):
-            extents[t.file].append((t.offset, t.offset + dtype_of(t.dtype).nbytes(prod(t.shape)), t.name))
-    for file, found in zip(plan.target_files, extents, strict=True):
-        at = 0
-        for begin, end, what in sorted(found):
-            if begin != at:
-                raise PlanError(
-                    "a target file has a gap or an overlap", file=file.path, tensor=what, expected=f"next byte {at}", actual=begin
-                )
-            at = end
-        if at != file.nbytes:
-            raise PlanError("a target file is not filled", file=file.path, expected=file.nbytes, actual=at)
+    static = [(number, at, len(data)) for number, f in enumerate(plan.target_files) for at, data in f.static]
+    # An empty extent at each file's end: everything is filled if each extent begins where the one before it ended.
+    ends = [(number, f.nbytes, 0) for number, f in enumerate(plan.target_files)]
+    extra = np.array([*static, *ends], dtype=np.int64).reshape(-1, 3).T
+    file, begin, nbytes = np.concatenate([[targets.file, targets.offset, targets.nbytes], extra], axis=1)
+    order = np.lexsort((nbytes == 0, begin, file))
+    file, begin, end = file[order], begin[order], (begin + nbytes)[order]
+    expected = np.where(np.diff(file, prepend=-1) != 0, 0, np.roll(end, 1))
+    wrong = np.flatnonzero(begin != expected)
+    if len(wrong):
+        at, index = int(wrong[0]), int(order[wrong[0]])
+        path, due, actual = plan.target_files[int(file[at])].path, int(expected[at]), int(begin[at])
+        if index >= len(targets) + len(static):
+            raise PlanError("a target file is not filled", file=path, expected=actual, actual=due)
+        what = targets[index].name if index < len(targets) else "static bytes"
+        raise PlanError("a target file has a gap or an overlap", file=path, tensor=what, expected=f"next byte {due}", actual=actual)
 
 
 def _check_tiles(plan: Plan) -> None:

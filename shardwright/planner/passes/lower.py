@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...errors import UnsupportedError
-from ..plan import Bindings, Output, Program, ValueOp
+from ..plan import Bindings, Ints, Output, Program, ValueOp
 from ..tensor.dtypes import dtype as dtype_of
 from ..tensor.lazy import LazyTensor, invert, leaf
 from ..tensor.pieces import FILL, Piece, align, coalesce, normalise
@@ -56,15 +56,14 @@ class _Gathered:
 
 @dataclass(slots=True)
 class _Draft:
-    """A program while its binding rows are collected."""
+    """A program while its binding rows are collected: (bound, row) whose operands follow one another, on either side. The
+    bounds are the same in every row."""
 
     program: Program
     grain: int
     names: list[str] = field(default_factory=list)
-    source_file: list[list[int]] = field(default_factory=list)
-    source_offset: list[list[int]] = field(default_factory=list)
-    target_file: list[list[int]] = field(default_factory=list)
-    target_offset: list[list[int]] = field(default_factory=list)
+    sources: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
+    targets: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
 
 
 def lower(source: SourceSide, target: TargetSide, *, trust_replicas: bool = False) -> Lowered:
@@ -84,10 +83,10 @@ class _Lowering:
     def __init__(self, source: SourceSide, target: TargetSide, trust_replicas: bool) -> None:
         self.source, self.target, self.trust = source, target, trust_replicas
         self.drafts: dict[object, _Draft] = {}
-        self.uses: dict[str, list[Use]] = {}
+        self.uses: dict[str, tuple[Use, ...]] = {}
         for number, row in target.instances:
             for slot, name in enumerate(target.bounds[number].hub[row]):
-                self.uses.setdefault(name, []).append((number, row, slot))
+                self.uses[name] = (*self.uses.get(name, ()), (number, row, slot))
         self.joins_target = [_joins(b) for b in target.bounds]
         self.joins_source = [_joins(b) for b in source.bounds]
 
@@ -108,21 +107,22 @@ class _Lowering:
         for draft in self.drafts.values():
             lowered.programs.append(draft.program)
             lowered.grains.append(draft.grain)
-            columns = (draft.source_file, draft.source_offset, draft.target_file, draft.target_offset)
-            lowered.bindings.append(
-                Bindings(tuple(draft.names), *(np.array(c, dtype=np.int64).reshape(len(draft.names), -1) for c in columns))
-            )
+            sources, targets = _columns(self.source.bounds, draft.sources), _columns(self.target.bounds, draft.targets)
+            lowered.bindings.append(Bindings(tuple(draft.names), *sources, *targets))
         return lowered
 
     def _pivot_hub(self, name: str) -> tuple[str, ...]:
         """The hub tensor itself is the pivot."""
         number, row, slot = self.source.holders[name]
-        aliases = [] if self.trust else self.source.aliases.get(name, [])
+        aliases = () if self.trust else self.source.aliases.get(name, ())
         uses = self.uses[name]
-        key = ("hub", number, slot, tuple(a for a, _ in aliases), tuple((b, s) for b, _, s in uses))
-        if key not in self.drafts:
-            self.drafts[key] = self._hub_draft(number, slot, [a for a, _ in aliases], [(b, s) for b, _, s in uses])
-        self._append(self.drafts[key], name, [(number, row), *aliases], [(b, r) for b, r, _ in uses])
+        key = ("hub", number, slot, tuple([a for a, _ in aliases]), tuple([(b, s) for b, _, s in uses]))
+        draft = self.drafts.get(key)
+        if draft is None:
+            draft = self.drafts[key] = self._hub_draft(number, slot, [a for a, _ in aliases], [(b, s) for b, _, s in uses])
+        draft.names.append(name)
+        draft.sources.append(((number, row), *aliases))
+        draft.targets.append(tuple([(b, r) for b, r, _ in uses]))
         return (name,)
 
     def _hub_draft(self, number: int, slot: int, aliases: Sequence[int], uses: Sequence[tuple[int, int]]) -> _Draft:
@@ -167,10 +167,12 @@ class _Lowering:
     def _pivot_source(self, name: str) -> tuple[str, ...]:
         """The source row's whole tensor is the pivot, if that row joins tensors in short runs; empty if it does not."""
         number, row, _ = self.source.holders[name]
+        if not self.joins_source[number]:
+            return ()
         bound = self.source.bounds[number]
         names = bound.hub[row]
-        uses = list(dict.fromkeys((b, r) for member in names for b, r, _ in self.uses.get(member, [])))
-        if not self.joins_source[number] or not self._closed(names, uses):
+        uses = list(dict.fromkeys((b, r) for member in names for b, r, _ in self.uses.get(member, ())))
+        if not self._closed(names, uses):
             return ()
         slots = tuple((b, tuple(names.index(n) for n in self.target.bounds[b].hub[r])) for b, r in uses)
         key = ("source", number, slots)
@@ -244,10 +246,17 @@ class _Lowering:
 
     def _append(self, draft: _Draft, name: str, sources: Iterable[tuple[int, int]], uses: Iterable[tuple[int, int]]) -> None:
         draft.names.append(name)
-        draft.source_file.append([f for b, r in sources for f in self.source.bounds[b].files[r]])
-        draft.source_offset.append([o for b, r in sources for o in self.source.bounds[b].offsets[r]])
-        draft.target_file.append([f for b, r in uses for f in self.target.bounds[b].files[r]])
-        draft.target_offset.append([o for b, r in uses for o in self.target.bounds[b].offsets[r]])
+        draft.sources.append(tuple(sources))
+        draft.targets.append(tuple(uses))
+
+
+def _columns(bounds: Sequence[Bound], rows: Sequence[tuple[tuple[int, int], ...]]) -> tuple[Ints, Ints]:
+    """File numbers and offsets of every row's operands."""
+    numbers = [number for number, _ in rows[0]]
+    picked = np.array(rows, dtype=np.int64)[:, :, 1].T
+    files = [bounds[number].files[at] for number, at in zip(numbers, picked, strict=True)]
+    offsets = [bounds[number].offsets[at] for number, at in zip(numbers, picked, strict=True)]
+    return np.concatenate(files, axis=1), np.concatenate(offsets, axis=1)
 
 
 def gather_row(bound: Bound, shards: Sequence[LazyTensor], slot: int, shape: Shape, base: int) -> _Gathered:

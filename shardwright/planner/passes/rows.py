@@ -3,7 +3,8 @@
 1. Hub tensors: every tensor of the family whose condition holds, with its shape, per layer.
 2. For each row of the dialect (or each hub tensor, for a dialect that spells hub tensors one by one) and each layer:
    resolve aliases, evaluate the condition, take the hub shapes. Layers with equal shapes share a `RowClass`, which is
-   lowered once: the operations applied to leaves, the split, the shards.
+   lowered once: the operations applied to leaves, the split, the shards. Where no condition and no shape looks at the
+   layer, all this is decided for the first one, and the others only get their names.
 3. Every hub tensor must lie in exactly one row that is no alias; otherwise the dialect cannot hold the family.
 
 Boundary: pure; knows no file.
@@ -126,11 +127,20 @@ def _shape(extents: tuple[Expression, ...], fields: Mapping[str, Any], name: str
 
 
 def expand(
-    family: Family, config: ModelConfig, dialect: Dialect, spec: str, layout: Layout, padded_vocab: int | None, *, reading: bool = False
+    family: Family,
+    config: ModelConfig,
+    dialect: Dialect,
+    spec: str,
+    layout: Layout,
+    padded_vocab: int | None,
+    *,
+    hub: Mapping[str, Shape] | None = None,
+    reading: bool = False,
 ) -> Expansion:
     """Lower the dialect's rows for this model and layout.
 
-    With `reading`, rows of aliases are included whatever their condition: files may hold them, and then they are compared.
+    `hub` is what `hub_tensors` gives, where it is at hand. With `reading`, rows of aliases are included whatever their
+    condition: files may hold them, and then they are compared.
 
     Raises
     ------
@@ -139,18 +149,35 @@ def expand(
     UnsupportedError
         The dialect has no row for a hub tensor of the family.
     """
-    return _Expander(family, config, dialect, spec, layout, padded_vocab, reading).run()
+    found = hub_tensors(family, config) if hub is None else hub
+    return _Expander(family, config, dialect, spec, layout, padded_vocab, found, reading).run()
+
+
+class _Decided(NamedTuple):
+    """A row that a layer has: its class, and the names with their counters open."""
+
+    cls: int
+    stored: str
+    hub: tuple[str, ...]
 
 
 class _Expander:
     """The state of one expansion."""
 
     def __init__(
-        self, family: Family, config: ModelConfig, dialect: Dialect, spec: str, layout: Layout, padded_vocab: int | None, reading: bool
+        self,
+        family: Family,
+        config: ModelConfig,
+        dialect: Dialect,
+        spec: str,
+        layout: Layout,
+        padded_vocab: int | None,
+        hub: Mapping[str, Shape],
+        reading: bool,
     ) -> None:
         self.family, self.dialect, self.spec, self.layout, self.reading = family, dialect, spec, layout, reading
         self.fields = scope(config, layout, padded_vocab)
-        self.hub = hub_tensors(family, config)
+        self.hub = hub
         self.places = layout.places(config.fields["num_hidden_layers"])
         self.aliases = {a.name: a.of for a in family.aliases if a.when(config.fields)}
         self.classes: list[RowClass] = []
@@ -163,8 +190,12 @@ class _Expander:
         last = Place(self.layout.pp - 1, self.layout.vpp - 1, 0)
         self._stage([(i, r) for i, r in rows if r.stage == "first"], -1, Place(0, 0, 0))
         layer_rows = [(i, r) for i, r in rows if r.stage == "layer"]
+        alike, decided = self._layers_are_alike([row for _, row in layer_rows]), list[_Decided]()
         for layer, place in enumerate(self.places):
-            self._stage(layer_rows, layer, place)
+            if layer and alike:
+                self._repeat(decided, layer, place)
+            else:
+                decided = self._stage(layer_rows, layer, place)
         self._stage([(i, r) for i, r in rows if r.stage == "last"], -1, last)
         for name in self.hub:
             if name not in self.held:
@@ -173,7 +204,28 @@ class _Expander:
                 )
         return Expansion(tuple(self.classes), tuple(self.instances))
 
-    def _stage(self, rows: Iterable[tuple[int, Row]], layer: int, place: Place) -> None:
+    def _layers_are_alike(self, rows: Iterable[Row]) -> bool:
+        """Whether what is decided for one layer holds for all: nothing looks at the layer's number but names do."""
+        expressions = [e for t in self.family.tensors if t.stage == "layer" for e in (t.when, *t.shape)] + [row.when for row in rows]
+        names = [name for row in rows for name in row.hub]
+        heads = [name.partition("{layer}")[0] for name in names]
+        return (
+            not any("layer" in e.names for e in expressions)
+            and all("{layer}" in name for name in names)
+            and not any(alias.startswith(head) for alias in self.aliases for head in heads)
+        )
+
+    def _repeat(self, decided: Iterable[_Decided], layer: int, place: Place) -> None:
+        """The rows of another layer, for a layer that cannot differ."""
+        text = str(layer)
+        number, chunk = (text, 0) if self.dialect.numbering == "global" else (str(place.local), place.chunk)
+        for cls, stored, hub in decided:
+            names = tuple([name.replace("{layer}", text) for name in hub])
+            self.held.update(names)
+            self.instances.append(RowInstance(cls, stored.replace("{layer}", number), names, place.pp, chunk))
+
+    def _stage(self, rows: Iterable[tuple[int, Row]], layer: int, place: Place) -> list[_Decided]:
+        decided = []
         number = str(layer if self.dialect.numbering == "global" else place.local)
         for index, row in rows:
             names, alias = self._resolve(row, str(layer))
@@ -192,6 +244,8 @@ class _Expander:
             cls = self._class(index, row, tuple([self.hub[name] for name in names]), alias)
             chunk = place.chunk if self.dialect.numbering == "local" else 0  # global numbers need no chunks to tell layers apart
             self.instances.append(RowInstance(cls, row.names[self.spec].replace("{layer}", number), names, place.pp, chunk))
+            decided.append(_Decided(cls, row.names[self.spec], row.hub))
+        return decided
 
     def _resolve(self, row: Row, layer: str) -> tuple[tuple[str, ...], bool]:
         names = tuple([name.replace("{layer}", layer) for name in row.hub])

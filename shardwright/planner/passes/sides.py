@@ -12,15 +12,17 @@ Boundary: names, shapes and offsets; no file is opened here.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+import numpy as np
+
 from ...errors import CheckpointError, MissingTensorError, ShapeMismatchError, UnknownTensorError, UnsupportedError
 from ..containers.base import StoredTensor
 from ..layout import Layout, Split
-from ..plan import Dropped, ValueOp
+from ..plan import Dropped, Ints, ValueOp
 from ..schemes import Scheme
 from ..tables import Dialect, Ignore
 from ..tensor.dtypes import dtype as dtype_of
@@ -74,7 +76,7 @@ class Bound:
     hub
         Hub names of each row.
     files, offsets
-        ``[rows][operands]``; operands are tp ranks (per output).
+        ``[rows, operands]``; operands are tp ranks (per output).
     grain
         Axis-0 rows of the stored tensors that one tile must own whole; 1 when free.
     """
@@ -85,8 +87,8 @@ class Bound:
     outputs: tuple[StoredOutput, ...] = ()
     op: ValueOp | None = None
     hub: list[tuple[str, ...]] = field(default_factory=list)
-    files: list[list[int]] = field(default_factory=list)
-    offsets: list[list[int]] = field(default_factory=list)
+    files: Ints = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    offsets: Ints = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
     grain: int = 1
 
 
@@ -121,11 +123,12 @@ class Wanted(NamedTuple):
 
 @dataclass(slots=True)
 class TargetSide:
-    """All target rows, in file order."""
+    """All target rows, in file order. `positions` are (bound, row, output) of each of `wanted`, as columns."""
 
     bounds: list[Bound] = field(default_factory=list)
     instances: list[tuple[int, int]] = field(default_factory=list)
     wanted: list[Wanted] = field(default_factory=list)
+    positions: Ints = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
 
 
 def resolve(
@@ -140,55 +143,76 @@ def resolve(
     """
     side = SourceSide()
     seen: dict[tuple[int, str, tuple[Shape | None, ...]], int] = {}
-    taken: dict[tuple[int, int], set[str]] = {key: set() for key in units}
-    ranks = [[layout.rank(tp, pp) for tp in range(layout.tp)] for pp in range(layout.pp)]
+    stages, several = _stages(layout, units), len(units) > 1
+    places: list[list[StoredTensor]] = []
     for instance in expansion.instances:
         row = expansion.classes[instance.row]
-        stored = _look_up(instance, row, ranks[instance.pp], units, taken)
+        stage = stages[instance.pp, instance.chunk]
+        stored = _look_up(instance.name, row, stage, several)
         if stored is None:
             continue
         key = (instance.row, stored[0].dtype, tuple([s.strides for s in stored]))
-        if key not in seen:
-            seen[key] = len(side.bounds)
+        number = seen.get(key, -1)
+        if number < 0:
+            number = seen[key] = len(side.bounds)
             side.bounds.append(Bound(row, stored[0].dtype, key[2] if any(key[2]) else ()))
-        number = seen[key]
+            places.append([])
         bound = side.bounds[number]
+        at = len(bound.hub)
         if row.alias:
-            side.aliases.setdefault(instance.hub[0], []).append((number, len(bound.hub)))
+            side.aliases.setdefault(instance.hub[0], []).append((number, at))
         else:
             for slot, name in enumerate(instance.hub):
-                side.holders[name] = (number, len(bound.hub), slot)
+                side.holders[name] = (number, at, slot)
         bound.hub.append(instance.hub)
-        bound.files.append([file_number[s.file] for s in stored])
-        bound.offsets.append([s.offset for s in stored])
-        side.used += zip(ranks[instance.pp], stored, strict=True)
+        places[number] += stored
+        stage.taken.add(instance.name)
+        side.used += zip(stage.ranks, stored, strict=True)
+    for bound, held in zip(side.bounds, places, strict=True):
+        bound.files = np.array([file_number[s.file] for s in held], dtype=np.int64).reshape(len(bound.hub), -1)
+        bound.offsets = np.array([s.offset for s in held], dtype=np.int64).reshape(len(bound.hub), -1)
+    taken = {(rank, chunk): stage.taken for (_, chunk), stage in stages.items() for rank in stage.ranks}
     _account(units, taken, expansion, ignore, side, dialect)
     return side
 
 
-def _look_up(
-    instance: RowInstance, row: RowClass, ranks: list[int], units: Units, taken: dict[tuple[int, int], set[str]]
-) -> list[StoredTensor] | None:
+class _Stage(NamedTuple):
+    """The tp ranks of one pipeline stage with their units (of one chunk), and the names that rows have taken from each."""
+
+    ranks: list[int]
+    units: list[Mapping[str, StoredTensor]]
+    taken: set[str]
+
+
+def _stages(layout: Layout, units: Units) -> dict[tuple[int, int], _Stage]:
+    found = {}
+    for pp in range(layout.pp):
+        ranks = [layout.rank(tp, pp) for tp in range(layout.tp)]
+        for chunk in sorted({chunk for _, chunk in units}):
+            found[pp, chunk] = _Stage(ranks, [units[rank, chunk] for rank in ranks], set())
+    return found
+
+
+def _look_up(name: str, row: RowClass, stage: _Stage, several: bool) -> list[StoredTensor] | None:
     """The row's tensor on each tp rank, checked; None for an alias that no file holds."""
+    shape = row.shards[0].shape  # equal on all ranks
     stored: list[StoredTensor] = []
-    for tp, rank in enumerate(ranks):
-        key = (rank, instance.chunk)
-        found = units[key].get(instance.name)
+    for rank, unit in zip(stage.ranks, stage.units, strict=True):
+        found = unit.get(name)
         if found is None:
             if row.alias and not stored:
                 return None
             raise MissingTensorError(
                 "a tensor that the config implies is missing",
-                tensor=instance.name,
-                file=_file_of(units[key]),
-                expected=f"shape {row.shards[row.shard_of(tp)].shape}" + (f" on rank {rank}" if len(units) > 1 else ""),
+                tensor=name,
+                file=_file_of(unit),
+                expected=f"shape {shape}" + (f" on rank {rank}" if several else ""),
                 actual="not there",
                 remedy="Copy the checkpoint again, or give the config.json that belongs to it (--config)",
             )
-        shape = row.shards[tp // row.split.repeat].shape
         if found.shape != shape:
             raise ShapeMismatchError(
-                "a tensor's shape is not what the config implies" + (" for this layout" if len(units) > 1 else ""), tensor=found.name,
+                "a tensor's shape is not what the config implies" + (" for this layout" if several else ""), tensor=found.name,
                 file=found.file, expected=shape, actual=found.shape,
                 remedy="Give the config.json that belongs to the checkpoint (--config), or copy the file again",
             )  # fmt: skip
@@ -196,7 +220,6 @@ def _look_up(
             raise ShapeMismatchError(
                 "ranks hold one tensor in several dtypes", tensor=found.name, file=found.file, expected=stored[0].dtype, actual=found.dtype
             )
-        taken[key].add(instance.name)
         stored.append(found)
     return stored
 
@@ -245,7 +268,7 @@ def targets(
     """
     side = TargetSide()
     seen: dict[tuple[int, str, str, bool], int] = {}
-    ranks = [[layout.rank(tp, pp) for tp in range(layout.tp)] for pp in range(layout.pp)]
+    ranks = [tuple(layout.rank(tp, pp) for tp in range(layout.tp)) for pp in range(layout.pp)]
     for instance in expansion.instances:
         row = expansion.classes[instance.row]
         before = source.dtype(instance.hub[0])
@@ -265,17 +288,17 @@ def targets(
             side.bounds.append(_target_bound(row, before, after, scheme if taken else None))
         number = seen[key]
         bound = side.bounds[number]
-        side.instances.append((number, len(bound.hub)))
-        width = layout.tp
+        at = len(bound.hub)
+        side.instances.append((number, at))
+        stage = ranks[instance.pp]
         for k, output in enumerate(bound.outputs):
-            for tp, rank in enumerate(ranks[instance.pp]):
-                shape = output.shards[tp // output.split.repeat].shape
-                side.wanted.append(
-                    Wanted(number, len(bound.hub), k * width + tp, rank, instance.chunk, instance.name + output.suffix, output.dtype, shape)
-                )
+            name = instance.name + output.suffix
+            side.wanted.append(Wanted(number, at, k, stage, instance.chunk, name, output.dtype, output.shards[0].shape))
         bound.hub.append(instance.hub)
-        bound.files.append([0] * (width * len(bound.outputs)))
-        bound.offsets.append([0] * (width * len(bound.outputs)))
+    for bound in side.bounds:
+        bound.files = np.zeros((len(bound.hub), layout.tp * len(bound.outputs)), dtype=np.int64)
+        bound.offsets = np.zeros_like(bound.files)
+    side.positions = np.array([w[:3] for w in side.wanted], dtype=np.int64).reshape(-1, 3)
     return side
 
 
@@ -303,15 +326,19 @@ def _target_bound(row: RowClass, before: str, after: str, scheme: Scheme | None)
     return Bound(row, before, outputs=tuple(outputs), op=op)
 
 
-def place(side: TargetSide, where: Callable[[Wanted], tuple[int, int, int]]) -> None:
-    """Give every wanted tensor its file number, byte offset and grain."""
-    for wanted in side.wanted:
-        file, offset, grain = where(wanted)
-        bound = side.bounds[wanted.bound]
-        bound.files[wanted.row][wanted.operand] = file
-        bound.offsets[wanted.row][wanted.operand] = offset
-        if grain > bound.grain:
-            bound.grain = grain
+def place(
+    side: TargetSide, members: Sequence[int], tp: int, files: Sequence[int], offsets: Sequence[int], grains: Sequence[int] | None = None
+) -> None:
+    """Give wanted tensors their file numbers, byte offsets and grains on the tp rank in place `tp` of their ranks."""
+    number, row, output = side.positions[np.array(members, dtype=np.int64)].T
+    places = np.array([files, offsets, grains or [1] * len(members)], dtype=np.int64)
+    order = np.argsort(number, kind="stable")
+    for part in np.split(order, np.flatnonzero(np.diff(number[order])) + 1):
+        if len(part):
+            bound = side.bounds[number[part[0]]]
+            operands = output[part] * (bound.files.shape[1] // len(bound.outputs)) + tp
+            bound.files[row[part], operands], bound.offsets[row[part], operands] = places[:2, part]
+            bound.grain = max(bound.grain, int(places[2, part].max()))
 
 
 def stored_bytes(tensor: StoredTensor) -> int:

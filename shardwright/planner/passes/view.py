@@ -64,6 +64,6 @@ def _parts(side: SourceSide, names: Sequence[str]) -> tuple[list[LazyTensor], tu
         bound = side.bounds[number]
         if (number, row) not in base:
             base[number, row] = len(operands)
-            operands += zip(bound.files[row], bound.offsets[row], strict=True)
+            operands += zip(bound.files[row].tolist(), bound.offsets[row].tolist(), strict=True)
         tensors.append(gather_row(bound, bound.row.shards, slot, bound.row.shapes[slot], base[number, row]).tensor)
     return tensors, tuple(operands)

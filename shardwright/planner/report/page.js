@@ -54,13 +54,13 @@
     const figure = (label, value, note, title) =>
       make("div", { class: "figure", title }, make("dt", {}, label), make("dd", {}, make("div", { class: "value" }, value), make("div", { class: "note" }, note)));
     const size = (n) => `${exact(n)} bytes`;
-    const times = (n) => `${n.toFixed(n === 1 ? 0 : 3)}× of what is needed`;
+    const times = (n) => (n === 1 ? "exactly what is needed" : `${n.toFixed(3)}× of what is needed`);
     const minimum = `at least ${bytes(cost.min_memory_bytes)}, ${bytes(cost.base_bytes)} before it starts`;
     return make("dl", { class: "figures" },
       figure("Read", bytes(cost.bytes_read), times(cost.read_amplification), `${size(cost.bytes_read)}; needed ${size(cost.source_bytes)}`),
       figure("Written", bytes(cost.bytes_written), times(cost.write_amplification), `${size(cost.bytes_written)}; needed ${size(cost.target_bytes)}`),
       figure("Peak memory", bytes(cost.peak_bytes), minimum, `peak ${size(cost.peak_bytes)}, minimum ${size(cost.min_memory_bytes)}, base ${size(cost.base_bytes)}`),
-      figure("Target", `${exact(cost.tensors)} tensors`, `in ${exact(cost.files)} files`),
+      figure("Target tensors", exact(cost.tensors), `in ${exact(cost.files)} files`),
       figure("Tiles", exact(cost.tiles), `${exact(cost.requests)} requests`),
       figure("Programs", exact(cost.programs), `${exact(cost.pieces)} pieces`));
   };

@@ -20,6 +20,7 @@ from .planner.formats import FORMATS
 from .planner.formats.base import Target
 from .planner.identity import read_object
 from .planner.layout import Layout
+from .planner.passes.build import castable
 from .planner.passes.rows import expand
 from .planner.passes.sides import Wanted
 from .planner.store import LocalStore
@@ -59,11 +60,11 @@ def synth(
     path = given / "config.json" if given.is_dir() else given
     raw = read_object(LocalStore(path), path.name)
     chosen = family or family_of(raw, str(path))
-    name = dtype_of(dtype or raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").name
+    name = castable(dtype or raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
     model = from_huggingface(raw, chosen, str(path))
     dialect = DIALECTS.get("huggingface")
     rows = expand(chosen, model, dialect, "", Layout(), None)
-    wanted = [Wanted(0, 0, 0, 0, 0, i.name, name, rows.classes[i.row].whole.shape) for i in rows.instances]
+    wanted = [Wanted(0, 0, 0, (0,), 0, i.name, name, rows.classes[i.row].whole.shape) for i in rows.instances]
     made = {**raw, ("dtype" if "dtype" in raw else "torch_dtype"): name}
     target = Target(Layout(), dialect, "", "safetensors", model, chosen, name, None, max_shard_size, wanted, made, None, ())
     root = Path(out)
@@ -72,7 +73,11 @@ def synth(
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write(target, partial, None if sparse else seed)
+    try:
+        _write(target, partial, None if sparse else seed)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if root.exists():
         root.rmdir()
     partial.rename(root)
