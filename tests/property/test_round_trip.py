@@ -115,7 +115,7 @@ def compared(root: Path, model: Model, weights: ref.Arrays, cut: Cut, options: d
     return ref.differences(ref.by_rank(expected, cut), ref.read_ranks(root, cut))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(journeys())
 def test_every_journey_comes_home(journey):
     model, stops, shards = journey

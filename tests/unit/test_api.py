@@ -84,8 +84,9 @@ class TestTensor:
     @pytest.mark.parametrize(
         "cut",
         [
-            lambda t: t[...], lambda t: t[3], lambda t: t[-1], lambda t: t[3, 5], lambda t: t[:16], lambda t: t[..., 7], lambda t: t[5, ...],
-            lambda t: t[::3], lambda t: t[::-1], lambda t: t[10:2:-3], lambda t: t[:, ::-2], lambda t: t[1:-1, 2:60:7], lambda t: t[4:4],
+            lambda t: t[...], lambda t: t[3], lambda t: t[-1], lambda t: t[3, 5], lambda t: t[:16], lambda t: t[..., 7],
+            lambda t: t[5, ...], lambda t: t[::3], lambda t: t[::-1], lambda t: t[10:2:-3], lambda t: t[:, ::-2],
+            lambda t: t[1:-1, 2:60:7], lambda t: t[4:4],
             lambda t: t[100:], lambda t: t[-5:][1:3][:, 3], lambda t: t[:, :4], lambda t: t[::-1][::-1], lambda t: t[2:9][::-1, ::2][1],
         ],
     )  # fmt: skip

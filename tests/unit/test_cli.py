@@ -19,10 +19,11 @@ import shardwright as sw
 from shardwright.cli import main
 from tests.unit.tiny import tiny_llama
 
-PLAN_FIELDS = """
-    source_format source_layout family target_format target_layout tensors files bytes_read bytes_written source_bytes target_bytes
-    read_amplification write_amplification requests tiles pieces programs base_bytes peak_bytes min_memory_bytes dropped warnings
-""".split()
+PLAN_FIELDS = [
+    "source_format", "source_layout", "family", "target_format", "target_layout", "tensors", "files", "bytes_read",
+    "bytes_written", "source_bytes", "target_bytes", "read_amplification", "write_amplification", "requests", "tiles", "pieces",
+    "programs", "base_bytes", "peak_bytes", "min_memory_bytes", "dropped", "warnings",
+]  # fmt: skip
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 

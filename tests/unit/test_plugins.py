@@ -163,7 +163,8 @@ class ByLayer:
         dialect = DIALECTS.get(found["dialect"])
         return Source(
             store, self.name, dialect, found["spec"], found["container"], Layout.from_json(found["layout"]), family, config, raw,
-            found["padded_vocab"], units, files, companions(store, "model/"), identity=read_identity(store), config_path="model/config.json",
+            found["padded_vocab"], units, files, companions(store, "model/"), identity=read_identity(store),
+            config_path="model/config.json",
         )  # fmt: skip
 
     def file(self, target: Target) -> Filing:

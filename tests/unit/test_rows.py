@@ -148,7 +148,8 @@ def test_shapes_and_conditions_may_depend_on_the_layer(tmp_path):
     }
     found = expand(family, made, DIALECTS.get("huggingface"), "", Layout(), None)
     assert [i.name for i in found.instances] == [
-        "model.layers.0.mlp.gate_proj.weight", "h.0.up", "model.layers.1.mlp.gate_proj.weight", "model.layers.2.mlp.gate_proj.weight", "h.2.up",
+        "model.layers.0.mlp.gate_proj.weight", "h.0.up", "model.layers.1.mlp.gate_proj.weight",
+        "model.layers.2.mlp.gate_proj.weight", "h.2.up",
     ]  # fmt: skip
     assert [found.classes[i.row].shapes for i in found.instances] == [((4,),), ((4,),), ((8,),), ((12,),), ((12,),)]
 
