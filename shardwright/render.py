@@ -58,7 +58,8 @@ def show_plan(plan: dict[str, Any], memory: int) -> None:
     )
     table.add_row(
         "memory",
-        f"{size(plan['peak_bytes'])} at most (base {size(plan['base_bytes'])}); bound {size(memory)}, smallest {size(plan['min_memory_bytes'])}",
+        f"{size(plan['peak_bytes'])} at most (base {size(plan['base_bytes'])}); "
+        f"bound {size(memory)}, smallest {size(plan['min_memory_bytes'])}",
     )
     console.print(table)
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .passes.memory import fit, min_memory, plan_nbytes, whole_items
 from .plan import Cost, Plan, Program
 
-__all__ = ["cost"]
+__all__ = ["cost", "figures"]
+
+_SUMMARY = ("source_format", "source_layout", "family", "target_format", "target_layout")
+_COST = (
+    "tensors", "files", "bytes_read", "bytes_written", "source_bytes", "target_bytes", "read_amplification", "write_amplification",
+    "requests", "tiles", "pieces", "programs", "base_bytes", "peak_bytes", "min_memory_bytes",
+)  # fmt: skip
 
 
 def cost(plan: Plan, memory: int, workers: int) -> Cost:
@@ -40,3 +48,13 @@ def cost(plan: Plan, memory: int, workers: int) -> Cost:
 def _pieces(program: Program) -> int:
     written = sum(len(output.scatter) + len(output.zeros) for output in program.outputs)
     return len(program.gather) + sum(map(len, program.replicas)) + len(program.padding) + written
+
+
+def figures(plan: Plan, cost: Cost) -> dict[str, Any]:
+    """The fields of ``plan --json``."""
+    return {
+        **{key: plan.summary.get(key) for key in _SUMMARY},
+        **{key: getattr(cost, key) for key in _COST},
+        "dropped": [{"name": d.name, "reason": d.reason} for d in plan.dropped],
+        "warnings": list(plan.warnings),
+    }

@@ -6,12 +6,14 @@ shape to give it away.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import shardwright as sw
 from shardwright.errors import LayoutError
@@ -52,7 +54,7 @@ def layout(cut: Cut) -> sw.Layout:
     return sw.Layout(tp=cut.tp, pp=cut.pp, vpp=cut.vpp, stages=cut.stages)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, Path]:
     """Every model as a Hugging Face checkpoint, written once."""
     root = tmp_path_factory.mktemp("models")
@@ -235,3 +237,35 @@ def test_the_reference_notices_one_element():
     two[1, 0, 0][name] = two[1, 0, 0][name].copy()
     two[1, 0, 0][name][5, 7] ^= 1
     assert ref.differences(one, two) == [f"(1, 0, 0): {name} differs in 1 elements"]
+
+
+@pytest.mark.parametrize("name", ["tied", "mqa"])
+def test_trusted_copies_give_the_same_bytes(name, sources, tmp_path):
+    """Tied copies and replicated heads are not read, padding beside them still is."""
+    model, cut = MODELS[name], Cut(8, 3)
+    sw.convert(sources[name], tmp_path / "serving", to="ranks", layout=layout(cut), pad_vocab_to=40)
+    compared = sw.plan(tmp_path / "serving", to="megatron-legacy", layout=layout(Cut(2, 2)))
+    trusted = sw.plan(tmp_path / "serving", tmp_path / "out", to="megatron-legacy", layout=layout(Cut(2, 2)), trust_replicas=True)
+    assert trusted.cost.bytes_read < compared.cost.bytes_read and len(trusted.plan.dropped) > len(compared.plan.dropped)
+    trusted.execute()
+    assert ref.differences(ref.megatron(model.weights(), model, Cut(2, 2)), ref.read_megatron(tmp_path / "out", Cut(2, 2))) == []
+
+
+def test_views_and_shared_storages_of_a_torch_source(tmp_path):
+    """A ``.bin`` file whose tied head is the embedding's storage, with transposed and offset views."""
+    model = Model(layers=2, heads=4, kv=2, hidden=16, ffn=16, tied=True)
+    weights = model.weights()
+    state = {name: ref.to_torch(bits, model.dtype) for name, bits in weights.items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+        state[name] = state[name].T.contiguous().T
+    both = torch.cat([state["model.layers.0.mlp.gate_proj.weight"], state["model.layers.0.mlp.up_proj.weight"]])
+    state["model.layers.0.mlp.gate_proj.weight"], state["model.layers.0.mlp.up_proj.weight"] = both.chunk(2)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "config.json").write_text(json.dumps(model.config()))
+    torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
+    cut = Cut(2, 2)
+    sw.convert(tmp_path / "bin", tmp_path / "out", to="megatron-legacy", layout=layout(cut))
+    assert ref.differences(ref.megatron(weights, model, cut), ref.read_megatron(tmp_path / "out", cut)) == []
+    sw.convert(tmp_path / "out", tmp_path / "back", to="huggingface")
+    assert ref.differences({0: weights}, {0: ref.read_huggingface(tmp_path / "back")}) == []

@@ -83,13 +83,12 @@ class HuggingFace:
         units, weight_map = [], {}
         for number, members in enumerate(shards):
             path = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            tensors = tuple(TensorSpec(target.wanted[i].name, target.wanted[i].dtype, target.wanted[i].shape) for i in members)
+            tensors = tuple([TensorSpec(*target.wanted[i][-3:]) for i in members])
             units.append(Unit(path, members, tensors, metadata={"format": "pt"}))
-            weight_map.update({t.name: path for t in tensors})
+            weight_map.update(dict.fromkeys([t.name for t in tensors], path))
         files, copies = carried(target, "")
         if len(shards) > 1:
-            total = sum(dtype_of(w.dtype).nbytes(prod(w.shape)) for w in target.wanted)
-            files += (("model.safetensors.index.json", _index(total, weight_map)),)
+            files += (("model.safetensors.index.json", _index(sum(_sizes(target)), weight_map)),)
         return Filing(tuple(units), files, copies)
 
 
@@ -176,12 +175,18 @@ def _strays(store: Store, files: Mapping[str, str]) -> tuple[Dropped, ...]:
     return tuple(Dropped(name, "a weight file that the index does not name") for name in found)
 
 
+def _sizes(target: Target) -> list[int]:
+    """Bytes of each of `target.wanted`."""
+    kinds = [(w.dtype, w.shape) for w in target.wanted]
+    known = {(dtype, shape): dtype_of(dtype).nbytes(prod(shape)) for dtype, shape in set(kinds)}
+    return [known[kind] for kind in kinds]
+
+
 def _shards(target: Target) -> list[tuple[int, ...]]:
     """Positions of `target.wanted` per file: in order, a new file when the next tensor would overfill it."""
     shards: list[list[int]] = [[]]
     filled = 0
-    for i, wanted in enumerate(target.wanted):
-        size = dtype_of(wanted.dtype).nbytes(prod(wanted.shape))
+    for i, size in enumerate(_sizes(target)):
         if shards[-1] and filled + size > target.max_shard_size:
             shards.append([])
             filled = 0

@@ -12,6 +12,7 @@ A model of a million tensors has a few dozen that differ. Boundary: pure; column
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from math import prod
 from operator import attrgetter
 from typing import Generic, NamedTuple, TypeVar
@@ -32,7 +33,9 @@ class Columns:
 
     def __init__(self, tensors: Sequence[TensorEntry]) -> None:
         known: dict[tuple[tuple[int, ...], str, bool], int] = {}
-        kind = _ints([known.setdefault((t.shape, t.dtype, t.contiguous), len(known)) for t in tensors])
+        # Each kind is numbered by its first tensor; then the numbers are made dense.
+        firsts = _ints(list(map(known.setdefault, map(attrgetter("shape", "dtype", "contiguous"), tensors), count())))
+        kind = np.searchsorted(_ints(list(known.values())), firsts)
         sizes = _ints([dtype_of(dtype).nbytes(prod(shape)) for shape, dtype, _ in known])
         self.kept = np.flatnonzero(sizes[kind])
         self.kind = kind[self.kept]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from json.encoder import encode_basestring_ascii
 from math import prod
 from typing import Any
 
@@ -254,8 +255,10 @@ def _cast(family: Family, dtype: str | None) -> Cast:
     after = None if dtype is None else castable(dtype)
 
     def cast(row: RowInstance, name: str, before: str) -> str:
+        if after is None:
+            return before
         known = dtype_of(before)
-        if after is None or known.kind != "float" or known.bits < 16 or any(fnmatchcase(name, pattern) for pattern in family.keep_dtype):
+        if known.kind != "float" or known.bits < 16 or any(fnmatchcase(name, pattern) for pattern in family.keep_dtype):
             return before
         return after
 
@@ -467,19 +470,39 @@ def _with_identity(plan: Plan, source: Source, request: Request, words: _Words, 
         "source_config": source.raw_config,
         "companions": [to for _, to in filing.copies],
         "source": {"format": source.format, "layout": source.layout.to_json(), "files": [asdict(f) for f in plan.source_files]},
-        "tensors": _tensor_table(plan, wanted, filing),
         "dropped": [asdict(d) for d in plan.dropped],
     }
-    data = (json.dumps(made, sort_keys=False, default=str) + "\n").encode()
+    text = json.dumps(made, sort_keys=False, default=str)
+    data = f'{text[:-1]}, "tensors": {_tensor_table(plan, wanted, filing)}}}\n'.encode()
     return replace(plan, target_files=(*plan.target_files, TargetFile(FILE_NAME, len(data), ((0, data),))))
 
 
-def _tensor_table(plan: Plan, wanted: TargetSide, filing: Filing) -> list[list[Any]]:
-    """``[key, rank, dtype, shape, partition axis or null, file]`` per stored tensor."""
-    axes = []
-    for position in (i for unit in filing.units for i in unit.members):
-        w = wanted.wanted[position]
-        split = wanted.bounds[w.bound].outputs[w.output].split
-        axes.append(split.axis if split.parts > 1 else None)
-    names = [f.path for f in plan.target_files]
-    return [[t.name, t.rank, t.dtype, list(t.shape), axis, names[t.file]] for t, axis in zip(plan.target_tensors, axes, strict=True)]
+def _tensor_table(plan: Plan, wanted: TargetSide, filing: Filing) -> str:
+    """``[key, rank, dtype, shape, partition axis or null, file]`` per stored tensor, as JSON.
+
+    Written by hand: there can be a million, and the tp ranks of a stage have all but rank and file in common.
+    """
+    paths = [json.dumps(f.path) for f in plan.target_files]
+    rows: list[str] = []
+    spelled: list[tuple[str, str]] = []
+    before: Unit | None = None
+    for unit in filing.units:
+        if before is None or unit.tensors is not before.tensors or unit.members is not before.members:
+            spelled = _spelled(unit, wanted)
+        before = unit
+        entries = plan.target_tensors[len(rows) : len(rows) + len(spelled)]
+        rows += [f"{head}{t.rank}{tail}{paths[t.file]}]" for (head, tail), t in zip(spelled, entries, strict=True)]
+    return f"[{', '.join(rows)}]"
+
+
+def _spelled(unit: Unit, wanted: TargetSide) -> list[tuple[str, str]]:
+    """What stands before the rank and between rank and file, for each tensor of a unit."""
+    tails: dict[tuple[int, int], str] = {}
+    found = []
+    for position, (name, dtype, shape) in zip(unit.members, unit.tensors, strict=True):
+        number, _, output = wanted.wanted[position][:3]
+        if (number, output) not in tails:
+            split = wanted.bounds[number].outputs[output].split
+            tails[number, output] = f", {json.dumps([dtype, shape, split.axis if split.parts > 1 else None])[1:-1]}, "
+        found.append((f"[{encode_basestring_ascii(name)}, ", tails[number, output]))
+    return found

@@ -249,11 +249,14 @@ def _check_tiles(plan: Plan) -> None:
         else np.zeros(0, dtype=np.int64)
     )
     ends = np.append(starts[1:], len(order))
-    seen = [0] * len(plan.programs)
     proven: set[tuple[int, bytes]] = set()
-    for begin, end in zip(starts.tolist(), ends.tolist(), strict=True):
+    whole = ends - starts == 1
+    singles = np.column_stack([program, lo, hi])[starts[whole]]
+    for number, *box in np.unique(singles, axis=0).tolist():
+        _check_boxes(plan.programs[number], [box[:2]], [box[2:]])
+    seen = np.bincount(program[starts], minlength=len(plan.programs)).tolist()
+    for begin, end in zip(starts[~whole].tolist(), ends[~whole].tolist(), strict=True):
         number = int(program[begin])
-        seen[number] += 1
         key = (number, lo[begin:end].tobytes() + hi[begin:end].tobytes())
         if key not in proven:
             proven.add(key)

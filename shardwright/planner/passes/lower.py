@@ -56,14 +56,19 @@ class _Gathered:
 
 @dataclass(slots=True)
 class _Draft:
-    """A program while its binding rows are collected: (bound, row) whose operands follow one another, on either side. The
-    bounds are the same in every row."""
+    """A program while its binding rows are collected.
+
+    `sources` and `targets` are the numbers of the bounds whose operands follow one another, the same for every row;
+    `source_rows` and `target_rows` are the rows of those bounds, one after the other.
+    """
 
     program: Program
     grain: int
     names: list[str] = field(default_factory=list)
-    sources: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
-    targets: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
+    sources: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
+    source_rows: list[int] = field(default_factory=list)
+    target_rows: list[int] = field(default_factory=list)
 
 
 def lower(source: SourceSide, target: TargetSide, *, trust_replicas: bool = False) -> Lowered:
@@ -107,7 +112,8 @@ class _Lowering:
         for draft in self.drafts.values():
             lowered.programs.append(draft.program)
             lowered.grains.append(draft.grain)
-            sources, targets = _columns(self.source.bounds, draft.sources), _columns(self.target.bounds, draft.targets)
+            sources = _columns(self.source.bounds, draft.sources, draft.source_rows)
+            targets = _columns(self.target.bounds, draft.targets, draft.target_rows)
             lowered.bindings.append(Bindings(tuple(draft.names), *sources, *targets))
         return lowered
 
@@ -116,13 +122,15 @@ class _Lowering:
         number, row, slot = self.source.holders[name]
         aliases = () if self.trust else self.source.aliases.get(name, ())
         uses = self.uses[name]
-        key = ("hub", number, slot, tuple([a for a, _ in aliases]), tuple([(b, s) for b, _, s in uses]))
+        key = ("hub", number, slot, tuple([a for a, _ in aliases]) if aliases else (), tuple([(b, s) for b, _, s in uses]))
         draft = self.drafts.get(key)
         if draft is None:
             draft = self.drafts[key] = self._hub_draft(number, slot, [a for a, _ in aliases], [(b, s) for b, _, s in uses])
+            draft.sources, draft.targets = (number, *(a for a, _ in aliases)), tuple([b for b, _, _ in uses])
         draft.names.append(name)
-        draft.sources.append(((number, row), *aliases))
-        draft.targets.append(tuple([(b, r) for b, r, _ in uses]))
+        draft.source_rows.append(row)
+        draft.source_rows += [r for _, r in aliases] if aliases else ()
+        draft.target_rows += [r for _, r, _ in uses]
         return (name,)
 
     def _hub_draft(self, number: int, slot: int, aliases: Sequence[int], uses: Sequence[tuple[int, int]]) -> _Draft:
@@ -244,16 +252,16 @@ class _Lowering:
         )
         return _Draft(program, max(b.grain for b, _ in uses))
 
-    def _append(self, draft: _Draft, name: str, sources: Iterable[tuple[int, int]], uses: Iterable[tuple[int, int]]) -> None:
+    def _append(self, draft: _Draft, name: str, sources: Sequence[tuple[int, int]], uses: Sequence[tuple[int, int]]) -> None:
         draft.names.append(name)
-        draft.sources.append(tuple(sources))
-        draft.targets.append(tuple(uses))
+        draft.sources, draft.targets = tuple([b for b, _ in sources]), tuple([b for b, _ in uses])
+        draft.source_rows += [r for _, r in sources]
+        draft.target_rows += [r for _, r in uses]
 
 
-def _columns(bounds: Sequence[Bound], rows: Sequence[tuple[tuple[int, int], ...]]) -> tuple[Ints, Ints]:
+def _columns(bounds: Sequence[Bound], numbers: Sequence[int], rows: Sequence[int]) -> tuple[Ints, Ints]:
     """File numbers and offsets of every row's operands."""
-    numbers = [number for number, _ in rows[0]]
-    picked = np.array(rows, dtype=np.int64)[:, :, 1].T
+    picked = np.array(rows, dtype=np.int64).reshape(-1, len(numbers)).T
     files = [bounds[number].files[at] for number, at in zip(numbers, picked, strict=True)]
     offsets = [bounds[number].offsets[at] for number, at in zip(numbers, picked, strict=True)]
     return np.concatenate(files, axis=1), np.concatenate(offsets, axis=1)

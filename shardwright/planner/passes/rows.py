@@ -222,7 +222,8 @@ class _Expander:
         for cls, stored, hub in decided:
             names = tuple([name.replace("{layer}", text) for name in hub])
             self.held.update(names)
-            self.instances.append(RowInstance(cls, stored.replace("{layer}", number), names, place.pp, chunk))
+            name = names[0] if stored == hub[0] and number == text else stored.replace("{layer}", number)
+            self.instances.append(RowInstance(cls, name, names, place.pp, chunk))
 
     def _stage(self, rows: Iterable[tuple[int, Row]], layer: int, place: Place) -> list[_Decided]:
         decided = []

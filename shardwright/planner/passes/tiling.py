@@ -69,10 +69,8 @@ def _rows(program: Program, axis: int, nbytes: int) -> int:
 def _sides(program: Program) -> list[tuple[list[Box], int]]:
     """Boxes of the gather side and of each plain output, with their item sizes."""
     sides = [(_aligned(program.gather, program.shape), dtype_of(program.dtype).itemsize)]
-    for output in program.outputs:
-        if output.shape == program.shape:
-            sides.append((_aligned(output.scatter, program.shape), dtype_of(output.dtype).itemsize))
-    return sides
+    plain = [output for output in program.outputs if output.shape == program.shape]
+    return sides + [(_aligned(output.scatter, program.shape), dtype_of(output.dtype).itemsize) for output in plain]
 
 
 def _aligned(pieces: Iterable[Piece], shape: Shape) -> list[Box]:

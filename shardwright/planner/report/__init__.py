@@ -20,20 +20,15 @@ from math import prod
 from typing import Any
 
 from ...errors import UsageError
+from ..cost import figures
 from ..plan import Bindings, Cost, Plan, Program, TensorEntry
 from ..relations import Places, operands_of, output_of, passages, region_in_words
 from ..tensor.dtypes import dtype as dtype_of
 
-__all__ = ["data", "figures", "render", "write"]
+__all__ = ["data", "render", "write"]
 
 _SHOWN = 12
 """Passages of one target operand that the page carries."""
-_SUMMARY = ("source_format", "source_layout", "family", "target_format", "target_layout")
-_COST = (
-    "tensors", "files", "bytes_read", "bytes_written", "source_bytes", "target_bytes", "read_amplification", "write_amplification",
-    "requests", "tiles", "pieces", "programs", "base_bytes", "peak_bytes", "min_memory_bytes",
-)  # fmt: skip
-
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -52,16 +47,6 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
-
-
-def figures(plan: Plan, cost: Cost) -> dict[str, Any]:
-    """The fields of ``plan --json``."""
-    return {
-        **{key: plan.summary.get(key) for key in _SUMMARY},
-        **{key: getattr(cost, key) for key in _COST},
-        "dropped": [{"name": d.name, "reason": d.reason} for d in plan.dropped],
-        "warnings": list(plan.warnings),
-    }
 
 
 def render(plan: Plan, cost: Cost) -> str:

@@ -1,0 +1,314 @@
+"""Checkpoints and lazy tensors: headers now, bytes when asked.
+
+`open` reads headers in whatever format. A `Checkpoint` gives hub tensors by name; each is a `Tensor`, whose slices are
+described by the planner's pieces and read by the executors, no byte more than asked for. `Checkpoint.state_dict` does the
+same for everything that one rank of any target would hold.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+from .planner.config import ModelConfig
+from .planner.formats import FORMATS, open_source
+from .planner.formats.base import Hints, Source
+from .planner.identity import FILE_NAME, read_object
+from .planner.layout import Layout
+from .planner.passes.build import Request, castable, padded_vocab, read_side
+from .planner.passes.rows import expand
+from .planner.passes.sides import SourceSide, stored_bytes
+from .planner.passes.view import View, hub_view, rank_views
+from .planner.store import LocalStore
+from .planner.tables import DIALECTS, FAMILIES, Family, load_family
+from .planner.tensor.dtypes import dtype as dtype_of
+from .planner.tensor.lazy import LazyTensor, leaf
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+__all__ = ["Checkpoint", "PathLike", "Tensor", "find_family", "open"]
+
+Shape = tuple[int, ...]
+PathLike = str | os.PathLike[str]
+
+
+def open(
+    path: PathLike,
+    *,
+    family: str | Family | PathLike | None = None,
+    config: PathLike | Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
+) -> Checkpoint:
+    """Open a checkpoint of any format: headers and metadata only.
+
+    Parameters
+    ----------
+    path
+        A directory, a single weight file, an index, or a target's ``shardwright.json``.
+    family
+        A family's name or a family table's path, where the checkpoint does not say or says otherwise.
+    config
+        A config.json (path or content), where the checkpoint has none.
+    vocab_size
+        The true vocabulary size, where only a padded one is stored.
+
+    Raises
+    ------
+    Refusal
+        It is no checkpoint, or not a whole one; names the file, the tensor, expected and actual.
+    """
+    place = Path(path).parent if Path(path).name == FILE_NAME else path
+    return Checkpoint(open_source(LocalStore(place), Hints(find_family(family), _config(config), vocab_size)))
+
+
+def find_family(family: str | Family | PathLike | None) -> Family | None:
+    if family is None or isinstance(family, Family):
+        return family
+    text = os.fspath(family)
+    return load_family(text) if text.endswith(".toml") or os.sep in text else FAMILIES.get(text)
+
+
+def _config(config: PathLike | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    if config is None or isinstance(config, Mapping):
+        return config
+    path = Path(config)
+    return read_object(LocalStore(path.parent), path.name)
+
+
+class Checkpoint(Mapping[str, "Tensor"]):
+    """An opened checkpoint: hub tensors by canonical name, whatever its format and layout."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._names = source.hub
+
+    @property
+    def path(self) -> str:
+        """Where it is."""
+        return self._source.store.root
+
+    @property
+    def format(self) -> str:
+        """Its format's name."""
+        return self._source.format
+
+    @property
+    def family(self) -> str:
+        """Its model family's name."""
+        return self._source.family.name
+
+    @property
+    def layout(self) -> Layout:
+        """Its parallel layout."""
+        return self._source.layout
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its canonical config."""
+        return self._source.config
+
+    @property
+    def source(self) -> Source:
+        """Everything that was read from headers."""
+        return self._source
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(stored_bytes(t) for unit in self._source.units.values() for t in unit.values())
+
+    @cached_property
+    def _side(self) -> SourceSide:
+        return read_side(self._source)
+
+    @cached_property
+    def stored(self) -> dict[str, Tensor]:
+        """Stored tensors under the checkpoint's own names (``name@rank`` where several ranks hold that name)."""
+        single = len(self._source.units) == 1
+        found = {}
+        for (rank, chunk), unit in self._source.units.items():
+            for name, tensor in unit.items():
+                lazy = _stored_view(tensor, [*self._source.files].index(tensor.file))
+                label = name if single else f"{name}@{rank}" if not chunk else f"model{chunk}.{name}@{rank}"
+                found[label] = Tensor(self, lazy)
+        return found
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return Tensor(self, hub_view(self._side, name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.path}: {self.format}, {self.family}, {len(self)} tensors, {self.nbytes:,} bytes>"
+
+    def state_dict(
+        self,
+        *,
+        to: str | None = None,
+        layout: Layout | None = None,
+        rank: int | Mapping[str, int] = 0,
+        device: str = "cpu",
+        dtype: str | None = None,
+        dialect: str | None = None,
+        spec: str | None = None,
+        pad_vocab_to: int | None = None,
+        include: Sequence[str] = ("*",),
+    ) -> dict[str, torch.Tensor]:
+        """What one rank of a target would hold, as torch tensors: resharded while it is read, nothing written.
+
+        Parameters
+        ----------
+        to
+            Target format; its dialect gives the names. None: hub names, unsplit.
+        rank
+            A rank number, or ``dict(tp=1, pp=0)``.
+        dialect, spec, pad_vocab_to
+            As for `plan`.
+        include
+            Patterns of names to read.
+        """
+        after = None if dtype is None else castable(dtype)
+        found = {}
+        for view in self._views(to, rank, Request(to or "", layout or Layout(), dialect=dialect, spec=spec, pad_vocab_to=pad_vocab_to)):
+            if any(fnmatchcase(view.name, pattern) for pattern in include):
+                read = Tensor(self, view).torch()
+                found[view.name] = read.to(device=device, dtype=_torch_dtype(after) if after and read.is_floating_point() else None)
+        return found
+
+    def _views(self, to: str | None, rank: int | Mapping[str, int], request: Request) -> Iterator[View]:
+        if to is None:
+            yield from (hub_view(self._side, name) for name in self)
+            return
+        target, layout = FORMATS.get(to), request.layout
+        if not target.ranked and layout.ranks > 1:
+            raise UsageError(f"{to} holds one rank", actual=f"{layout.ranks} ranks", remedy='Choose to="ranks"')
+        number = _rank_number(rank, layout)
+        words = DIALECTS.get(request.dialect or target.dialects[0])
+        spec = request.spec or (words.specs or ("",))[0]
+        if spec not in (words.specs or ("",)):
+            raise UsageError(f"dialect {words.name} has no spec {spec!r}", remedy=f"Known: {', '.join(words.specs)}")
+        padded = padded_vocab(self._source, request, words)
+        expansion = expand(self._source.family, self._source.config, words, spec, layout, padded, hub=self._source.hub)
+        yield from rank_views(self._side, expansion, layout, number, layout.vpp > 1 and words.numbering == "local")
+
+
+def _rank_number(rank: int | Mapping[str, int], layout: Layout) -> int:
+    """The number of a rank, checked."""
+    if isinstance(rank, Mapping):
+        if unknown := sorted(set(rank) - {"tp", "pp", "ep"}):
+            raise UsageError(f"a rank has no coordinate {unknown[0]!r}", expected="tp, pp, ep")
+        return layout.rank(**rank)
+    layout.coordinates(rank)
+    return rank
+
+
+def _stored_view(tensor: Any, file: int) -> View:
+    return View(tensor.name, tensor.dtype, leaf(0, tensor.shape, tensor.strides), ((file, tensor.offset),))
+
+
+class Tensor:
+    """A lazy tensor: slicing describes, `numpy` and `torch` read just those bytes.
+
+    Supports integers, slices (also strided and backwards), ``...``, `reshape` and `permute`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, view: View) -> None:
+        self._checkpoint, self._view = checkpoint, view
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self._view.name
+
+    @property
+    def shape(self) -> Shape:
+        """In elements."""
+        return self._view.tensor.shape
+
+    @property
+    def dtype(self) -> str:
+        """torch's spelling."""
+        return self._view.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes when read."""
+        return dtype_of(self.dtype).nbytes(prod(self.shape))
+
+    def __repr__(self) -> str:
+        return f"<Tensor {self.name} {self.dtype} {self.shape}>"
+
+    def __getitem__(self, key: Any) -> Tensor:
+        keys = list(key) if isinstance(key, tuple) else [key]
+        if Ellipsis in keys:
+            at = keys.index(Ellipsis)
+            keys[at : at + 1] = [slice(None)] * (len(self.shape) - len(keys) + 1)
+        if len(keys) > len(self.shape):
+            raise IndexError(f"too many indices for shape {self.shape}")
+        lazy, axis = self._view.tensor, 0
+        for index in keys:
+            extent = lazy.shape[axis]
+            if isinstance(index, slice):
+                lazy, axis = lazy.slice(axis, *index.indices(extent)), axis + 1
+            else:
+                at = range(extent)[index]
+                lazy = lazy.slice(axis, at, at + 1).reshape(*lazy.shape[:axis], *lazy.shape[axis + 1 :])
+        return self._with(lazy)
+
+    def reshape(self, *shape: int) -> Tensor:
+        """The same elements under another shape."""
+        return self._with(self._view.tensor.reshape(*shape))
+
+    def permute(self, *axes: int) -> Tensor:
+        """Axes in another order."""
+        return self._with(self._view.tensor.permute(*axes))
+
+    def _with(self, lazy: LazyTensor) -> Tensor:
+        return Tensor(self._checkpoint, View(self._view.name, self._view.dtype, lazy, self._view.operands))
+
+    def _bytes(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        from .executors.execute import read_box
+
+        paths = list(self._checkpoint.source.files)
+        operands = [(paths[file], offset) for file, offset in self._view.operands]
+        return read_box(self._view.tensor.pieces, self.shape, self.dtype, operands=operands, root=self._checkpoint.path)
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """Read into a numpy array (bfloat16 and float8 by ml_dtypes)."""
+        import ml_dtypes
+        import numpy as np
+
+        kind = getattr(ml_dtypes, self.dtype, None) or np.dtype(self.dtype)
+        return self._bytes().view(kind).reshape(self.shape)
+
+    def torch(self) -> torch.Tensor:
+        """Read into a torch tensor on the CPU."""
+        import torch
+
+        data = self._bytes()
+        if not data.size:
+            return torch.empty(self.shape, dtype=_torch_dtype(self.dtype))
+        return torch.from_numpy(data).view(_torch_dtype(self.dtype)).reshape(self.shape)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise UsageError(f"torch has no dtype {name!r}")
+    return found
