@@ -39,6 +39,10 @@ def axes(layout: dict[str, Any]) -> str:
     return " × ".join(shown) or "one rank"
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("s" if number != 1 else "")
+
+
 def show_plan(plan: dict[str, Any], memory: int) -> None:
     """A plan's summary: warnings first, then what moves, then memory."""
     console = Console(stderr=True, highlight=False)
@@ -50,7 +54,7 @@ def show_plan(plan: dict[str, Any], memory: int) -> None:
         console.print(f"[yellow]dropped[/yellow] … {len(plan['dropped']) - 10} more (--json lists them)")
     table = _table()
     table.add_row("from", f"{plan['source_format']} ({axes(plan['source_layout'])}), {plan['family']}")
-    table.add_row("to", f"{plan['target_format']} ({axes(plan['target_layout'])}): {plan['tensors']:,} tensors in {plan['files']:,} files")
+    table.add_row("to", f"{plan['target_format']} ({axes(plan['target_layout'])}): {_count(plan['tensors'], 'tensor')} in {_count(plan['files'], 'file')}")
     table.add_row("read", f"{size(plan['bytes_read'])}, amplification {plan['read_amplification']:.3f}")
     table.add_row("write", f"{size(plan['bytes_written'])}, amplification {plan['write_amplification']:.3f}")
     table.add_row(
@@ -71,7 +75,7 @@ def show_checkpoint(found: dict[str, Any]) -> None:
     table.add_row("path", escape(found["path"]))
     table.add_row("format", f"{found['format']}, dialect {found['dialect']}, container {found['container']}, {axes(found['layout'])}")
     table.add_row("family", found["family"])
-    table.add_row("size", f"{found['tensors']:,} tensors in {found['files']:,} files, {size(found['bytes'])}")
+    table.add_row("size", f"{_count(found['tensors'], 'tensor')} in {_count(found['files'], 'file')}, {size(found['bytes'])}")
     table.add_row("dtypes", ", ".join(f"{name} {size(nbytes)}" for name, nbytes in found["dtypes"].items()))
     table.add_row("config", escape(", ".join(f"{k} {v}" for k, v in found["config"].items())))
     if found["padded_vocab"]:

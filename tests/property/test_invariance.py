@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 
 import shardwright as sw
-from shardwright.api import Conversion
 from shardwright.errors import MemoryBoundError, RunError
 from shardwright.executors import execute as execute_module
 from shardwright.executors.targets import TargetFiles
@@ -89,9 +88,9 @@ def test_memory_workers_and_strips_never_change_a_byte(case, sources, tmp_path, 
         assert any(len(p.outputs[0].scatter) < n for p, n in zip(plan.programs, items, strict=True)), (
             "no target piece crosses a tile's edge"
         )
-    smallest = Conversion(plan, memory="8GiB", workers=1).cost.min_memory_bytes
+    smallest = sw.Conversion(plan, memory="8GiB", workers=1).cost.min_memory_bytes
     with pytest.raises(MemoryBoundError) as refused:
-        Conversion(plan, tmp_path / "refused", memory=smallest - 1, workers=1).execute()
+        sw.Conversion(plan, tmp_path / "refused", memory=smallest - 1, workers=1).execute()
     assert refused.value.expected == smallest and not list(tmp_path.iterdir())
     found = {}
     ways: list[tuple[int, int, int | None]] = [
@@ -107,7 +106,7 @@ def test_memory_workers_and_strips_never_change_a_byte(case, sources, tmp_path, 
             if strip is not None:
                 patch.setattr(memory, "STRIP_BYTES", strip)
                 patch.setattr(memory, "STRIP_FLOOR", strip)
-            outcome = Conversion(plan, out, memory=bound, workers=workers).execute()
+            outcome = sw.Conversion(plan, out, memory=bound, workers=workers).execute()
         assert outcome.workers <= workers and (strip is None or outcome.strip_bytes == strip)
         assert (outcome.bytes_read, outcome.bytes_written) == (int(plan.tiles.bytes_read.sum()), int(plan.tiles.bytes_written.sum()))
         found[bound, workers, strip] = digest(out)
@@ -121,7 +120,7 @@ def test_tiles_change_nothing_but_what_is_said_of_them(case, sources, tmp_path):
     for tile_bytes in (700, CASES[case][2], 40_001, 128 * MIB):
         plan = plan_of(case, sources, tile_bytes)
         out = tmp_path / str(tile_bytes)
-        Conversion(plan, out, workers=2).execute()
+        sw.Conversion(plan, out, workers=2).execute()
         found.add(digest(out, skip=("shardwright.json",)))
         counts.add(len(plan.tiles))
         said = json.loads((out / "shardwright.json").read_text())
@@ -180,7 +179,7 @@ def test_tiles_start_in_plan_order(workers, sources, tmp_path, recording):
     """A tile's first write comes when all earlier tiles have begun, but for those that other lanes have only just taken."""
     plan = build(sw.open(sources["hf"]).source, Request("huggingface"), tile_bytes=2000)
     assert len(plan.tiles) >= 50 and all(p.cut == (0,) for p in plan.programs)
-    Conversion(plan, tmp_path / "out", workers=workers, memory="1GiB").execute()
+    sw.Conversion(plan, tmp_path / "out", workers=workers, memory="1GiB").execute()
     find = tile_of_write(plan)
     order = [t for t in dict.fromkeys(find(file, offset) for file, offset, _ in recording.log) if t is not None]
     assert sorted(order) == list(range(len(plan.tiles)))
@@ -197,7 +196,7 @@ def lanes() -> list[str]:
 @pytest.mark.parametrize("at", [0.1, 0.5, 0.95])
 def test_after_an_error_nothing_is_written_and_the_first_cause_is_told(workers, at, sources, tmp_path, recording):
     plan = plan_of("split", sources)
-    Conversion(plan, tmp_path / "whole", workers=workers).execute()
+    sw.Conversion(plan, tmp_path / "whole", workers=workers).execute()
     fails = int(len(recording.log) * at)
     recording.log.clear()
 
@@ -210,14 +209,14 @@ def test_after_an_error_nothing_is_written_and_the_first_cause_is_told(workers, 
 
     recording.on_write = staticmethod(on_write)
     with pytest.raises(RunError, match=f"the first cause: file write {fails}"):
-        Conversion(plan, tmp_path / "out", workers=workers).execute()
+        sw.Conversion(plan, tmp_path / "out", workers=workers).execute()
     written = len(recording.log)
     assert lanes() == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["whole"]
     time.sleep(0.05)
     assert len(recording.log) == written <= fails + workers
     recording.on_write = staticmethod(lambda count: None)
-    Conversion(plan, tmp_path / "out", workers=workers).execute()
+    sw.Conversion(plan, tmp_path / "out", workers=workers).execute()
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
@@ -231,7 +230,7 @@ def test_an_error_of_the_system_names_the_file_and_keeps_its_cause(sources, tmp_
 
     recording.on_write = staticmethod(on_write)
     with pytest.raises(RunError, match=r"No space left on device.*rank_0000|rank_0000.*No space left on device") as caught:
-        Conversion(plan, tmp_path / "out", workers=3).execute()
+        sw.Conversion(plan, tmp_path / "out", workers=3).execute()
     assert isinstance(caught.value.__cause__, OSError)
     assert not list(tmp_path.iterdir())
 
@@ -239,8 +238,8 @@ def test_an_error_of_the_system_names_the_file_and_keeps_its_cause(sources, tmp_
 def test_a_lane_that_waits_for_memory_does_not_start(sources, tmp_path, recording):
     """With the smallest bound one lane runs, whatever was asked for."""
     plan = plan_of("split", sources)
-    smallest = Conversion(plan, memory="8GiB", workers=1).cost.min_memory_bytes
+    smallest = sw.Conversion(plan, memory="8GiB", workers=1).cost.min_memory_bytes
     seen: set[str] = set()
     recording.on_write = staticmethod(lambda count: seen.add(threading.current_thread().name))
-    outcome = Conversion(plan, tmp_path / "out", memory=smallest, workers=5).execute()
+    outcome = sw.Conversion(plan, tmp_path / "out", memory=smallest, workers=5).execute()
     assert outcome.workers == 1 and len([name for name in seen if name.startswith("lane")]) == 1

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 import shardwright as sw
-from shardwright.api import Conversion
 from shardwright.errors import PlanError, ReplicaMismatchError
 from shardwright.planner.passes.build import Request, build
 from shardwright.planner.passes.check import check
@@ -241,7 +240,7 @@ def test_a_copy_compared_with_the_wrong_part_is_found_by_the_data(plans, tmp_pat
                 moved = (replica[0]._replace(dst_off=replica[0].dst_off - 1), *replica[1:])
                 wrong = with_program(plan, number, replicas=(*program.replicas[:r], moved, *program.replicas[r + 1 :]))
                 with pytest.raises(ReplicaMismatchError, match="differ"):
-                    Conversion(wrong, tmp_path / "out").execute()
+                    sw.Conversion(wrong, tmp_path / "out").execute()
                 assert not list(tmp_path.iterdir())
                 tried += 1
     assert tried
@@ -292,14 +291,14 @@ def test_another_bijection_passes_check_but_not_the_reference_nor_verify(label, 
     wrong = with_program(plan, number, gather=swap(plan.programs[number]))
     assert wrong != plan
     check(wrong)
-    Conversion(wrong, tmp_path / "out").execute()
+    sw.Conversion(wrong, tmp_path / "out").execute()
     expected = ref.megatron(TIED.weights(), TIED, cut)
     found = ref.differences(expected, ref.read_megatron(tmp_path / "out", cut))
     assert found and all(stored in line for line in found)
     verified = sw.verify(tmp_path / "out", source)
     assert not verified.ok and verified.level == "values" and verified.equal < verified.tensors
     assert all(stored in line for line in verified.different)
-    Conversion(plan, tmp_path / "right").execute()
+    sw.Conversion(plan, tmp_path / "right").execute()
     assert ref.differences(expected, ref.read_megatron(tmp_path / "right", cut)) == []
 
 

@@ -33,7 +33,7 @@ from .ranks import best_spec
 __all__ = ["MegatronLegacy"]
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_RANK = re.compile(r"(?:(.*)/)?mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?/model_optim_rng\.pt$")
+_RANK = re.compile(r"(?:(release|iter_\d{7,})/)?mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?/model_optim_rng\.pt$")
 _MODEL = re.compile(r"model(\d*)$")
 
 
