@@ -39,7 +39,7 @@ STEPS = {
     "lower": "lower to programs",
     "tile": "cut into tiles",
     "check": "prove",
-    "_with_identity": "write the identity",
+    "with_identity": "write the identity",
 }
 """Functions that `build` calls, and what each does."""
 

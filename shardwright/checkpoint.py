@@ -15,13 +15,14 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
+from .errors import UnsupportedError, UsageError
 from .planner.config import ModelConfig
 from .planner.formats import FORMATS, open_source
 from .planner.formats.base import Hints, Source
 from .planner.identity import FILE_NAME, read_object
 from .planner.layout import Layout
-from .planner.passes.build import Request, castable, padded_vocab, read_side
+from .planner.passes.build import read_side
+from .planner.passes.request import Request, castable, padded_vocab
 from .planner.passes.rows import expand
 from .planner.passes.sides import SourceSide, stored_bytes
 from .planner.passes.view import View, hub_view, rank_views
@@ -127,6 +128,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     @cached_property
     def _side(self) -> SourceSide:
+        if self._source.scheme is not None:
+            raise UnsupportedError(
+                "a quantised checkpoint's values are not read yet", file=self.path, remedy="Its stored tensors are in `stored`"
+            )
         return read_side(self._source)
 
     @cached_property

@@ -173,10 +173,9 @@ def inspect(src: str, tensors: bool, as_json: bool, **hints: Any) -> None:
         "dropped": [{"name": d.name, "reason": d.reason} for d in source.dropped],
         "warnings": list(source.warnings),
     }
-    if source.scheme is None:
-        from .planner.passes.build import read_side
+    from .planner.passes.build import read_names
 
-        found["dropped"] += [{"name": d.name, "reason": d.reason} for d in read_side(source).dropped]
+    found["dropped"] += [{"name": d.name, "reason": d.reason} for d in read_names(source).dropped]
     if tensors:
         listed = [(rank, chunk, t) for (rank, chunk), unit in source.units.items() for t in unit.values()]
         found["stored"] = [

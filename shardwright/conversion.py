@@ -12,8 +12,10 @@ from .errors import ReplicaMismatchError, UsageError
 from .planner.cost import cost, figures
 from .planner.identity import FILE_NAME, read_identity
 from .planner.layout import Layout
-from .planner.passes.build import Request, build, plan_hash
+from .planner.passes.build import build
 from .planner.passes.check import check
+from .planner.passes.identify import plan_hash
+from .planner.passes.request import Request
 from .planner.plan import Cost, Plan
 from .planner.store import LocalStore
 from .sizes import parse_size
@@ -46,7 +48,7 @@ def plan(
     memory
         Bound on this process's memory: bytes, or ``"8GiB"``. Default: a quarter of what is free, at most 2 GiB.
     options
-        Fields of `shardwright.planner.passes.build.Request`: ``dialect, container, spec, dtype, quantize,
+        Fields of `shardwright.planner.passes.request.Request`: ``dialect, container, spec, dtype, quantize,
         max_shard_size, pad_vocab_to, trust_replicas, drop``.
 
     Raises

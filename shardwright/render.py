@@ -54,7 +54,8 @@ def show_plan(plan: dict[str, Any], memory: int) -> None:
         console.print(f"[yellow]dropped[/yellow] … {len(plan['dropped']) - 10} more (--json lists them)")
     table = _table()
     table.add_row("from", f"{plan['source_format']} ({axes(plan['source_layout'])}), {plan['family']}")
-    table.add_row("to", f"{plan['target_format']} ({axes(plan['target_layout'])}): {_count(plan['tensors'], 'tensor')} in {_count(plan['files'], 'file')}")
+    stored = f"{_count(plan['tensors'], 'tensor')} in {_count(plan['files'], 'file')}"
+    table.add_row("to", f"{plan['target_format']} ({axes(plan['target_layout'])}): {stored}")
     table.add_row("read", f"{size(plan['bytes_read'])}, amplification {plan['read_amplification']:.3f}")
     table.add_row("write", f"{size(plan['bytes_written'])}, amplification {plan['write_amplification']:.3f}")
     table.add_row(

@@ -20,7 +20,7 @@ from .planner.formats import FORMATS
 from .planner.formats.base import Target
 from .planner.identity import read_object
 from .planner.layout import Layout
-from .planner.passes.build import castable
+from .planner.passes.request import castable
 from .planner.passes.rows import expand
 from .planner.passes.sides import Wanted
 from .planner.store import LocalStore

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint, PathLike, open
 from .conversion import Conversion
-from .planner.passes.build import Request, locate, read_side
+from .planner.passes.build import read_names
+from .planner.passes.locate import locate
+from .planner.passes.request import Request
 from .planner.tables import Family
 
 if TYPE_CHECKING:
@@ -75,8 +77,7 @@ def verify(
     target = out if isinstance(out, Checkpoint) else open(out, family=family, config=own[0], vocab_size=own[1])
     count = sum(len(unit) for unit in target.source.units.values())
     if source is None:
-        if target.source.scheme is None:
-            read_side(target.source)
+        read_names(target.source)
         return Verification("names", count, 0, (), (), ())
     origin = source if isinstance(source, Checkpoint) else open(source, family=family, config=config, vocab_size=vocab_size)
     asked = target.source

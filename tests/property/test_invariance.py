@@ -24,7 +24,8 @@ from shardwright.errors import MemoryBoundError, RunError
 from shardwright.executors import execute as execute_module
 from shardwright.executors.targets import TargetFiles
 from shardwright.planner.passes import memory
-from shardwright.planner.passes.build import Request, build
+from shardwright.planner.passes.build import build
+from shardwright.planner.passes.request import Request
 from shardwright.planner.plan import Plan
 from tests.unit import reference as ref
 from tests.unit.reference import Model

@@ -40,11 +40,12 @@ MAX_HEADER_BYTES = 100_000_000
 _METADATA = "__metadata__"
 _AGAIN = "Download or copy the file again"
 _BITS = {tag: (found.name, found.bits) for tag, found in BY_TAG.items()}
-_ENTRY = '{}:{{"dtype":"{}","shape":{},"data_offsets":[{},{}]}}'
+_ENTRY = '{}:{{{}"data_offsets":[{},{}]}}'
+_KIND = '"dtype":"{}","shape":[{}],'
 # What `_ENTRY` spells, after a comma. Names hold no escapes and numbers no leading zeros, so a match needs no decoding.
 _NUMBER = "(0|[1-9][0-9]{0,17})"
 _QUICK = re.compile(r',"([^"\\\x00-\x1f]*)":{"dtype":"(\w+)","shape":(\[[0-9,]*\]),"data_offsets":\[' + _NUMBER + "," + _NUMBER + r"\]}")
-_QUICK_FIXED = len("," + _ENTRY.format('""', "", "", "", ""))
+_QUICK_FIXED = len("," + _ENTRY.format('""', _KIND.format("", ""), "", "")) - len("[]")
 
 _Row: TypeAlias = tuple[int, int, str, str, tuple[int, ...], int]
 """begin, end, name, dtype, shape, bytes: sorts by offset."""
@@ -91,7 +92,8 @@ class Safetensors:
         if objects is not None:
             raise UsageError("safetensors holds tensors only, no objects", file=path)
         kinds, sizes = _measure(path, tensors)
-        order = sorted(range(len(tensors)), key=lambda i: (-TAG_ORDER[kinds[i].tag], tensors[i].name))
+        keys = [(-TAG_ORDER[kind.tag], name) for kind, (name, _, _) in zip(kinds, tensors, strict=True)]
+        order = sorted(range(len(tensors)), key=keys.__getitem__)
         offsets, end = _offsets(order, sizes)
         header = _header_bytes(path, [(tensors[i], kinds[i], offsets[i], offsets[i] + sizes[i]) for i in order], metadata)
         file = FileLayout(path, len(header) + end, ((0, header),))
@@ -298,11 +300,13 @@ def _header_bytes(path: str, rows: Sequence[tuple[TensorSpec, DType, int, int]],
     if metadata is not None:
         texts = {key: metadata[key] for key in sorted(_texts(metadata, path))}
         parts.append(f'"{_METADATA}":{json.dumps(texts, ensure_ascii=False, separators=(",", ":"))}')
-    shapes: dict[tuple[int, ...], str] = {}
-    for spec, kind, begin, end in rows:
-        shape = shapes.get(spec.shape) or shapes.setdefault(spec.shape, f"[{','.join(map(str, spec.shape))}]")
+    known: dict[tuple[str, tuple[int, ...]], str] = {}
+    for (name, _, shape), kind, begin, end in rows:
+        key = kind.tag, shape
+        if key not in known:
+            known[key] = _KIND.format(kind.tag, ",".join(map(str, shape)))
         # serde_json escapes what `encode_basestring` escapes: quotes, backslashes and control characters.
-        parts.append(_ENTRY.format(encode_basestring(spec.name), kind.tag, shape, begin, end))
+        parts.append(_ENTRY.format(encode_basestring(name), known[key], begin, end))
     try:
         body = f"{{{','.join(parts)}}}".encode()
     except UnicodeEncodeError as error:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from json.encoder import encode_basestring_ascii
 from math import prod
 from typing import Any
 
@@ -94,7 +95,8 @@ class HuggingFace:
 
 def _index(total: int, weight_map: Mapping[str, str]) -> bytes:
     """What ``json.dumps(index, indent=2, sort_keys=True)`` gives, whose indenting encoder is slow."""
-    lines = [f"    {json.dumps(name)}: {json.dumps(path)}" for name, path in sorted(weight_map.items())]
+    paths = {path: json.dumps(path) for path in set(weight_map.values())}
+    lines = [f"    {encode_basestring_ascii(name)}: {paths[path]}" for name, path in sorted(weight_map.items())]
     body = '{\n  "metadata": {\n    "total_size": %d\n  },\n  "weight_map": {\n%s\n  }\n}\n'
     return (body % (total, ",\n".join(lines))).encode()
 

@@ -5,103 +5,41 @@
 3. Lower to programs and bindings; cut into tiles; add up the cost; prove it with `check`.
 4. Write ``shardwright.json``, the target's identity.
 
-`locate` is the same path with the target's places read from an existing target's headers instead of laid out: `verify`
-compares through it. Boundary: headers and metadata only, through the source's store.
+Boundary: headers and metadata only, through the source's store.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from json.encoder import encode_basestring_ascii
 from math import prod
 from typing import Any
 
-from ...errors import UsageError
-from ..config import ModelConfig, to_huggingface
+from ..config import to_huggingface
 from ..containers import CONTAINERS
 from ..containers.base import Container, UnitLayout
 from ..formats import FORMATS
 from ..formats.base import Filing, Source, Target, Unit
-from ..identity import FILE_NAME, SCHEMA
-from ..layout import Layout
-from ..plan import PLAN_FORMAT, Dropped, Plan, SourceFile, TargetFile, TensorEntry
-from ..schemes import SCHEMES, Scheme
-from ..tables import DIALECTS, Dialect, Family, Ignore
+from ..plan import Dropped, Plan, SourceFile, TargetFile, TensorEntry
+from ..tables import Ignore
 from ..tensor.dtypes import dtype as dtype_of
 from .check import check
+from .identify import with_identity
 from .lower import Lowered, lower
-from .rows import RowInstance, expand, scope
-from .sides import SourceSide, TargetSide, Wanted, place, resolve, targets
+from .request import Cast, Request, Words, casts, settle_words
+from .rows import expand
+from .sides import SourceSide, TargetSide, place, resolve, targets, without_scales
 from .tiling import TILE_BYTES, choose_cuts, tile
 
-__all__ = ["Located", "Request", "build", "castable", "locate", "padded_vocab", "plan_hash", "read_side"]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked for; together with the source it determines every byte of the target.
-
-    Attributes
-    ----------
-    to
-        Target format.
-    dialect, container, spec
-        Of the target; None is the format's default.
-    dtype
-        Cast floating tensors to it, except those the family keeps; None stores as in the source.
-    quantize
-        Name of a scheme.
-    pad_vocab_to
-        Pad the vocabulary to a multiple of this; None is the dialect's default.
-    trust_replicas
-        Do not read and compare copies.
-    drop
-        Patterns of stored names to leave out.
-    """
-
-    to: str
-    layout: Layout = field(default_factory=Layout)
-    dialect: str | None = None
-    container: str | None = None
-    spec: str | None = None
-    dtype: str | None = None
-    quantize: str | None = None
-    max_shard_size: int = 5_000_000_000
-    pad_vocab_to: int | None = None
-    trust_replicas: bool = False
-    drop: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return {**asdict(self), "layout": self.layout.to_json(), "drop": list(self.drop)}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Request:
-        """The request of `to_json`."""
-        return cls(**{**values, "layout": Layout.from_json(values["layout"]), "drop": tuple(values["drop"])})
-
-
-@dataclass(frozen=True)
-class _Words:
-    """The target's words, settled."""
-
-    dialect: Dialect
-    container: str
-    spec: str
-    padded_vocab: int | None
-    config: ModelConfig
-    scheme: Scheme | None
+__all__ = ["assemble", "build", "no_collector", "read_names", "read_side", "sides_of"]
 
 
 @contextmanager
-def _no_collector() -> Iterator[None]:
+def no_collector() -> Iterator[None]:
     """Planning makes millions of small objects and no cycles worth collecting meanwhile."""
     enabled = gc.isenabled()
     gc.disable()
@@ -124,111 +62,18 @@ def build(source: Source, request: Request, *, tile_bytes: int = TILE_BYTES) -> 
     Refusal
         Whatever is wrong with source, request, or their combination.
     """
-    with _no_collector():
-        words = _words(source, request)
-        side, wanted = _sides(source, request, words, _cast(source.family, request.dtype))
+    with no_collector():
+        words = settle_words(source, request)
+        side, wanted = sides_of(source, request, words, casts(source.family, request.dtype))
         filing = _file(source, request, words, side, wanted)
         files, entries = _lay_out(filing, words, wanted)
-        plan = _assemble(source, request, words, side, wanted, files, entries, filing, tile_bytes)
-        plan = _with_identity(plan, source, request, words, wanted, filing)
+        plan = assemble(source, request, words, side, wanted, files, entries, filing, tile_bytes)
+        plan = with_identity(plan, source, request, words, wanted, filing)
         check(plan)
         return plan
 
 
-@dataclass(frozen=True, slots=True)
-class Located:
-    """A plan onto an existing target, unless the target's names, dtypes or shapes are not the request's."""
-
-    plan: Plan
-    missing: tuple[str, ...]
-    different: tuple[str, ...]
-    extra: tuple[str, ...]
-
-
-def locate(source: Source, request: Request, target: Source) -> Located:
-    """The plan whose target operands are those of an existing `target`, found through its own headers."""
-    with _no_collector():
-        grown = target.config["vocab_size"] if target.config["vocab_size"] > source.config["vocab_size"] else None
-        words = replace(_words(source, request), padded_vocab=target.padded_vocab or grown, scheme=target.scheme)
-        side, wanted = _sides(source, request, words, _as_stored(target))
-        paths = sorted(target.files)
-        number = {path: i for i, path in enumerate(paths)}
-        found: set[tuple[int, int, str]] = set()
-        entries: list[TensorEntry] = []
-        missing: list[str] = []
-        different: list[str] = []
-
-        def where(w: Wanted, rank: int) -> tuple[int, int]:
-            found.add((rank, w.chunk, w.name))
-            stored = target.units.get((rank, w.chunk), {}).get(w.name)
-            if stored is None:
-                missing.append(f"{w.name}@{rank}: {w.dtype} {w.shape}")
-                return 0, 0
-            if (stored.dtype, stored.shape) != (w.dtype, w.shape) or stored.strides is not None:
-                different.append(f"{w.name}@{rank}: expected {w.dtype} {w.shape}, actual {stored.dtype} {stored.shape}")
-            entries.append(TensorEntry(w.name, rank, w.dtype, w.shape, number[stored.file], stored.offset))
-            return number[stored.file], stored.offset
-
-        for tp in range(request.layout.tp):
-            places = [where(w, w.ranks[tp]) for w in wanted.wanted]
-            place(wanted, range(len(places)), tp, [file for file, _ in places], [offset for _, offset in places])
-        extra = [
-            f"{name}@{rank}"
-            for (rank, chunk), unit in target.units.items()
-            for name in unit
-            if (rank, chunk, name) not in found and not any(fnmatchcase(name, i.pattern) for i in words.dialect.ignore)
-        ]
-        files = [TargetFile(path, target.store.stat(path).nbytes) for path in paths]
-        plan = _assemble(source, request, words, side, wanted, files, entries, Filing((), (), ()), TILE_BYTES)
-        return Located(plan, tuple(missing), tuple(different), tuple(extra))
-
-
-def _words(source: Source, request: Request) -> _Words:
-    """Settle the target's words; refuse combinations that make no sense."""
-    target = FORMATS.get(request.to)
-    if not target.ranked and request.layout.ranks > 1:
-        raise UsageError(f"{request.to} holds one rank", actual=f"{request.layout.ranks} ranks", remedy="For rank files use --to ranks")
-    dialect = DIALECTS.get(_one_of(request.dialect, target.dialects, f"{request.to} has no dialect"))
-    container = _one_of(request.container, target.containers, f"{request.to} has no container")
-    spec = _one_of(request.spec, dialect.specs or ("",), f"dialect {dialect.name} has no spec")
-    if source.scheme is not None:
-        raise UsageError(
-            "a quantised source can only be verified, not converted", actual=source.scheme.name, remedy="Convert the original weights"
-        )
-    scheme = None if request.quantize is None else SCHEMES.get(request.quantize)
-    if scheme is not None and dialect.rows is not None:
-        raise UsageError(f"dialect {dialect.name!r} has no place for quantised weights", remedy="Use --dialect huggingface")
-    padded = padded_vocab(source, request, dialect)
-    fields = dict(source.config.fields)
-    if not target.ranked and padded is not None:
-        fields["vocab_size"] = padded  # nothing but config.json says how long the table is
-    return _Words(dialect, container, spec, padded, ModelConfig(source.config.family, fields), scheme)
-
-
-def _one_of(wanted: str | None, known: Sequence[str], what: str) -> str:
-    if wanted is None:
-        return known[0]
-    if wanted not in known:
-        raise UsageError(f"{what} {wanted!r}", remedy=f"Known: {', '.join(known)}" if any(known) else "It has none: leave it out")
-    return wanted
-
-
-def padded_vocab(source: Source, request: Request, dialect: Dialect) -> int | None:
-    """Rows of the padded vocabulary, or None for the true one."""
-    fields = scope(source.config, request.layout, None)
-    multiple = request.pad_vocab_to or (dialect.pad_vocab(fields) if dialect.pad_vocab else None)
-    if multiple is None:
-        return None
-    if multiple < 1:
-        raise UsageError("--pad-vocab-to needs a positive number", actual=multiple)
-    vocab: int = source.config["vocab_size"]
-    return -(-vocab // multiple) * multiple
-
-
-Cast = Callable[[RowInstance, str, str], str]
-
-
-def _sides(source: Source, request: Request, words: _Words, cast: Cast) -> tuple[SourceSide, TargetSide]:
+def sides_of(source: Source, request: Request, words: Words, cast: Cast) -> tuple[SourceSide, TargetSide]:
     family, config = source.family, source.config
     side = read_side(source, request.drop)
     write = expand(family, config, words.dialect, words.spec, request.layout, words.padded_vocab, hub=source.hub)
@@ -250,46 +95,20 @@ def read_side(source: Source, drop: Sequence[str] = ()) -> SourceSide:
     return resolve(read, source.layout, source.units, numbers, (*asked, *source.dialect.ignore, *source.family.ignore), source.dialect.name)
 
 
-def _cast(family: Family, dtype: str | None) -> Cast:
-    """The user's dtype for floating tensors of 16 bits and more, but for those the family keeps."""
-    after = None if dtype is None else castable(dtype)
+def read_names(source: Source) -> SourceSide:
+    """As `read_side`, for a checkpoint that may be quantised: its scales are accounted for, its values mean nothing yet.
 
-    def cast(row: RowInstance, name: str, before: str) -> str:
-        if after is None:
-            return before
-        known = dtype_of(before)
-        if known.kind != "float" or known.bits < 16 or any(fnmatchcase(name, pattern) for pattern in family.keep_dtype):
-            return before
-        return after
-
-    return cast
+    Raises
+    ------
+    CheckpointError
+        Also where a payload or a scale is missing, or is not what the scheme makes.
+    """
+    if source.scheme is None:
+        return read_side(source)
+    return read_side(replace(source, units={key: without_scales(unit, source.scheme) for key, unit in source.units.items()}))
 
 
-_CASTABLE = (
-    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz",
-)  # fmt: skip
-
-
-def castable(dtype: str) -> str:
-    """The full name of a dtype that weights can be cast to."""
-    name = dtype_of(dtype).name
-    if name not in _CASTABLE:
-        raise UsageError(f"weights are not cast to {name}", remedy=f"Known: {', '.join(_CASTABLE)}; to integers with --quantize")
-    return name
-
-
-def _as_stored(target: Source) -> Cast:
-    """Whatever dtype an existing target stores a row in; a quantised row goes in as it is."""
-
-    def cast(row: RowInstance, name: str, before: str) -> str:
-        stored = target.units.get((target.layout.rank(pp=row.pp), row.chunk), {}).get(row.name)
-        taken = target.scheme is not None and stored is not None and target.scheme.takes(name, stored.shape, before)
-        return before if stored is None or taken or dtype_of(stored.dtype).kind != "float" else stored.dtype
-
-    return cast
-
-
-def _file(source: Source, request: Request, words: _Words, side: SourceSide, wanted: TargetSide) -> Filing:
+def _file(source: Source, request: Request, words: Words, side: SourceSide, wanted: TargetSide) -> Filing:
     main = _main_dtype(wanted)
     made = to_huggingface(words.config, source.family, main, source.raw_config)
     if words.scheme is not None:
@@ -324,7 +143,7 @@ def _main_dtype(wanted: TargetSide) -> str:
     return max(floats, key=lambda name: floats[name]) if floats else "float32"
 
 
-def _lay_out(filing: Filing, words: _Words, wanted: TargetSide) -> tuple[list[TargetFile], list[TensorEntry]]:
+def _lay_out(filing: Filing, words: Words, wanted: TargetSide) -> tuple[list[TargetFile], list[TensorEntry]]:
     """Every target file and every target tensor; each operand of `wanted` is given its place."""
     container = CONTAINERS.get(words.container)
     files: list[TargetFile] = []
@@ -353,10 +172,10 @@ def _like(before: tuple[Unit, UnitLayout] | None, unit: Unit, container: Contain
     return UnitLayout((replace(laid.files[0], path=unit.path),), laid.places)
 
 
-def _assemble(
+def assemble(
     source: Source,
     request: Request,
-    words: _Words,
+    words: Words,
     side: SourceSide,
     wanted: TargetSide,
     files: list[TargetFile],
@@ -413,7 +232,7 @@ def _summary(source: Source, request: Request) -> dict[str, Any]:
     }
 
 
-def _warnings(source: Source, words: _Words, programs: Sequence[Any]) -> list[str]:
+def _warnings(source: Source, words: Words, programs: Sequence[Any]) -> list[str]:
     found = []
     vocab = source.config["vocab_size"] if "vocab_size" in source.config.fields else None
     if source.padded_vocab is not None:
@@ -437,72 +256,4 @@ def _useless(patterns: Sequence[str], dropped: Sequence[Dropped], used: Sequence
             needed = any(fnmatchcase(t.name, pattern) for t in used)
             why = "the model needs what it names" if needed else "no tensor has such a name"
             found.append(f"--drop {pattern!r} left nothing out: {why}")
-    return found
-
-
-def plan_hash(plan: Plan) -> str:
-    """SHA-256 over the recipe, the plan format, the tiles, and each source file's size, header digest and mtime.
-
-    Paths and the tool's version are left out: a moved source or a newer tool can resume.
-    """
-    digest = hashlib.sha256()
-    digest.update(json.dumps([PLAN_FORMAT, plan.recipe], sort_keys=True, default=str).encode())
-    for column in (plan.tiles.first, plan.tiles.program, plan.tiles.row, plan.tiles.lo, plan.tiles.hi):
-        digest.update(column.astype("<i8").tobytes())
-    digest.update(json.dumps([(f.nbytes, f.header_digest, f.mtime_ns) for f in plan.source_files]).encode())
-    return digest.hexdigest()
-
-
-def _with_identity(plan: Plan, source: Source, request: Request, words: _Words, wanted: TargetSide, filing: Filing) -> Plan:
-    """The plan with ``shardwright.json`` among its target files."""
-    made = {
-        "schema": SCHEMA,
-        "format": request.to,
-        "dialect": words.dialect.name,
-        "spec": words.spec,
-        "container": words.container,
-        "layout": request.layout.to_json(),
-        "family": source.family.name,
-        "config": dict(words.config.fields),
-        "padded_vocab": words.padded_vocab,
-        "recipe": plan.recipe,
-        "plan_hash": plan_hash(plan),
-        "source_config": source.raw_config,
-        "companions": [to for _, to in filing.copies],
-        "source": {"format": source.format, "layout": source.layout.to_json(), "files": [asdict(f) for f in plan.source_files]},
-        "dropped": [asdict(d) for d in plan.dropped],
-    }
-    text = json.dumps(made, sort_keys=False, default=str)
-    data = f'{text[:-1]}, "tensors": {_tensor_table(plan, wanted, filing)}}}\n'.encode()
-    return replace(plan, target_files=(*plan.target_files, TargetFile(FILE_NAME, len(data), ((0, data),))))
-
-
-def _tensor_table(plan: Plan, wanted: TargetSide, filing: Filing) -> str:
-    """``[key, rank, dtype, shape, partition axis or null, file]`` per stored tensor, as JSON.
-
-    Written by hand: there can be a million, and the tp ranks of a stage have all but rank and file in common.
-    """
-    paths = [json.dumps(f.path) for f in plan.target_files]
-    rows: list[str] = []
-    spelled: list[tuple[str, str]] = []
-    before: Unit | None = None
-    for unit in filing.units:
-        if before is None or unit.tensors is not before.tensors or unit.members is not before.members:
-            spelled = _spelled(unit, wanted)
-        before = unit
-        entries = plan.target_tensors[len(rows) : len(rows) + len(spelled)]
-        rows += [f"{head}{t.rank}{tail}{paths[t.file]}]" for (head, tail), t in zip(spelled, entries, strict=True)]
-    return f"[{', '.join(rows)}]"
-
-
-def _spelled(unit: Unit, wanted: TargetSide) -> list[tuple[str, str]]:
-    """What stands before the rank and between rank and file, for each tensor of a unit."""
-    tails: dict[tuple[int, int], str] = {}
-    found = []
-    for position, (name, dtype, shape) in zip(unit.members, unit.tensors, strict=True):
-        number, _, output = wanted.wanted[position][:3]
-        if (number, output) not in tails:
-            split = wanted.bounds[number].outputs[output].split
-            tails[number, output] = f", {json.dumps([dtype, shape, split.axis if split.parts > 1 else None])[1:-1]}, "
-        found.append((f"[{encode_basestring_ascii(name)}, ", tails[number, output]))
     return found

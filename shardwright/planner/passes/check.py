@@ -251,8 +251,7 @@ def _check_tiles(plan: Plan) -> None:
     ends = np.append(starts[1:], len(order))
     proven: set[tuple[int, bytes]] = set()
     whole = ends - starts == 1
-    singles = np.column_stack([program, lo, hi])[starts[whole]]
-    for number, *box in np.unique(singles, axis=0).tolist():
+    for number, *box in set(map(tuple, np.column_stack([program, lo, hi])[starts[whole]].tolist())):
         _check_boxes(plan.programs[number], [box[:2]], [box[2:]])
     seen = np.bincount(program[starts], minlength=len(plan.programs)).tolist()
     for begin, end in zip(starts[~whole].tolist(), ends[~whole].tolist(), strict=True):

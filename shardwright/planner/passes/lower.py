@@ -97,8 +97,9 @@ class _Lowering:
 
     def run(self) -> Lowered:
         done: set[str] = set()
+        holders, target = self.source.holders, self.target.bounds
         for number, row in self.target.instances:
-            names = self.target.bounds[number].hub[row]
+            names = target[number].hub[row]
             if names[0] in done:
                 continue
             if self.joins_target[number]:
@@ -107,7 +108,11 @@ class _Lowering:
                 continue
             for name in names:
                 if name not in done:
-                    done.update(self._pivot_source(name) or self._pivot_hub(name))
+                    done.add(name)
+                    if self.joins_source[holders[name][0]]:
+                        done.update(self._pivot_source(name))
+                    else:
+                        self._pivot_hub(name)
         lowered = Lowered()
         for draft in self.drafts.values():
             lowered.programs.append(draft.program)
@@ -117,7 +122,7 @@ class _Lowering:
             lowered.bindings.append(Bindings(tuple(draft.names), *sources, *targets))
         return lowered
 
-    def _pivot_hub(self, name: str) -> tuple[str, ...]:
+    def _pivot_hub(self, name: str) -> None:
         """The hub tensor itself is the pivot."""
         number, row, slot = self.source.holders[name]
         aliases = () if self.trust else self.source.aliases.get(name, ())
@@ -131,7 +136,6 @@ class _Lowering:
         draft.source_rows.append(row)
         draft.source_rows += [r for _, r in aliases] if aliases else ()
         draft.target_rows += [r for _, r, _ in uses]
-        return (name,)
 
     def _hub_draft(self, number: int, slot: int, aliases: Sequence[int], uses: Sequence[tuple[int, int]]) -> _Draft:
         bound = self.source.bounds[number]
@@ -173,15 +177,14 @@ class _Lowering:
         self._append(self.drafts[key], "+".join(bound.hub[row]), order, [(number, row)])
 
     def _pivot_source(self, name: str) -> tuple[str, ...]:
-        """The source row's whole tensor is the pivot, if that row joins tensors in short runs; empty if it does not."""
+        """The source row's whole tensor is the pivot, unless the target takes its members apart; what has been lowered."""
         number, row, _ = self.source.holders[name]
-        if not self.joins_source[number]:
-            return ()
         bound = self.source.bounds[number]
         names = bound.hub[row]
         uses = list(dict.fromkeys((b, r) for member in names for b, r, _ in self.uses.get(member, ())))
         if not self._closed(names, uses):
-            return ()
+            self._pivot_hub(name)
+            return (name,)
         slots = tuple((b, tuple(names.index(n) for n in self.target.bounds[b].hub[r])) for b, r in uses)
         key = ("source", number, slots)
         if key not in self.drafts:

@@ -153,14 +153,6 @@ def expand(
     return _Expander(family, config, dialect, spec, layout, padded_vocab, found, reading).run()
 
 
-class _Decided(NamedTuple):
-    """A row that a layer has: its class, and the names with their counters open."""
-
-    cls: int
-    stored: str
-    hub: tuple[str, ...]
-
-
 class _Expander:
     """The state of one expansion."""
 
@@ -190,12 +182,11 @@ class _Expander:
         last = Place(self.layout.pp - 1, self.layout.vpp - 1, 0)
         self._stage([(i, r) for i, r in rows if r.stage == "first"], -1, Place(0, 0, 0))
         layer_rows = [(i, r) for i, r in rows if r.stage == "layer"]
-        alike, decided = self._layers_are_alike([row for _, row in layer_rows]), list[_Decided]()
-        for layer, place in enumerate(self.places):
-            if layer and alike:
-                self._repeat(decided, layer, place)
-            else:
-                decided = self._stage(layer_rows, layer, place)
+        alike = self._layers_are_alike([row for _, row in layer_rows])
+        for layer, place in enumerate(self.places[:1] if alike else self.places):
+            self._stage(layer_rows, layer, place)
+        if alike:
+            self._repeat(layer_rows)
         self._stage([(i, r) for i, r in rows if r.stage == "last"], -1, last)
         for name in self.hub:
             if name not in self.held:
@@ -206,8 +197,9 @@ class _Expander:
 
     def _layers_are_alike(self, rows: Iterable[Row]) -> bool:
         """Whether what is decided for one layer holds for all: nothing looks at the layer's number but names do."""
-        expressions = [e for t in self.family.tensors if t.stage == "layer" for e in (t.when, *t.shape)] + [row.when for row in rows]
-        names = [name for row in rows for name in row.hub]
+        tensors = [t for t in self.family.tensors if t.stage == "layer"]
+        expressions = [e for t in tensors for e in (t.when, *t.shape)] + [row.when for row in rows]
+        names = [t.name for t in tensors] + [name for row in rows for name in row.hub]
         heads = [name.partition("{layer}")[0] for name in names]
         return (
             not any("layer" in e.names for e in expressions)
@@ -215,18 +207,29 @@ class _Expander:
             and not any(alias.startswith(head) for alias in self.aliases for head in heads)
         )
 
-    def _repeat(self, decided: Iterable[_Decided], layer: int, place: Place) -> None:
-        """The rows of another layer, for a layer that cannot differ."""
-        text = str(layer)
-        number, chunk = (text, 0) if self.dialect.numbering == "global" else (str(place.local), place.chunk)
-        for cls, stored, hub in decided:
-            names = tuple([name.replace("{layer}", text) for name in hub])
-            self.held.update(names)
-            name = names[0] if stored == hub[0] and number == text else stored.replace("{layer}", number)
-            self.instances.append(RowInstance(cls, name, names, place.pp, chunk))
-
-    def _stage(self, rows: Iterable[tuple[int, Row]], layer: int, place: Place) -> list[_Decided]:
+    def _repeat(self, rows: Iterable[tuple[int, Row]]) -> None:
+        """What was decided for the first layer, for all others. The hub lists alike layers one after the other."""
+        first = [name for t in self.family.tensors if t.stage == "layer" and (name := t.name.replace("{layer}", "0")) in self.hub]
+        hub, width, local = list(self.hub), len(first), self.dialect.numbering == "local"
+        begin = hub.index(first[0]) if first else 0
         decided = []
+        for index, row in rows:
+            at = [name.replace("{layer}", "0") for name in row.hub]
+            cls = self.known.get((index, tuple([self.hub[name] for name in at if name in self.hub])))
+            if cls is not None:
+                # A tensor that is stored under its hub name shares the hub's string: a plan has many, and looks them up often.
+                shared = row.names[self.spec] == row.hub[0] and not local
+                decided.append((cls, None if shared else row.names[self.spec], [first.index(name) for name in at]))
+        for layer, place in enumerate(self.places[1:], start=1):
+            number, chunk = (str(place.local), place.chunk) if local else (str(layer), 0)
+            own = hub[begin + layer * width : begin + (layer + 1) * width]
+            self.held.update(own)
+            for cls, stored, members in decided:
+                names = tuple([own[i] for i in members])
+                name = names[0] if stored is None else stored.replace("{layer}", number)
+                self.instances.append(RowInstance(cls, name, names, place.pp, chunk))
+
+    def _stage(self, rows: Iterable[tuple[int, Row]], layer: int, place: Place) -> None:
         number = str(layer if self.dialect.numbering == "global" else place.local)
         for index, row in rows:
             names, alias = self._resolve(row, str(layer))
@@ -245,8 +248,6 @@ class _Expander:
             cls = self._class(index, row, tuple([self.hub[name] for name in names]), alias)
             chunk = place.chunk if self.dialect.numbering == "local" else 0  # global numbers need no chunks to tell layers apart
             self.instances.append(RowInstance(cls, row.names[self.spec].replace("{layer}", number), names, place.pp, chunk))
-            decided.append(_Decided(cls, row.names[self.spec], row.hub))
-        return decided
 
     def _resolve(self, row: Row, layer: str) -> tuple[tuple[str, ...], bool]:
         names = tuple([name.replace("{layer}", layer) for name in row.hub])

@@ -41,6 +41,7 @@ __all__ = [
     "resolve",
     "stored_bytes",
     "targets",
+    "without_scales",
 ]
 
 Shape = tuple[int, ...]
@@ -145,28 +146,27 @@ def resolve(
     seen: dict[tuple[int, str, tuple[Shape | None, ...]], int] = {}
     stages, several = _stages(layout, units), len(units) > 1
     places: list[list[StoredTensor]] = []
-    for instance in expansion.instances:
-        row = expansion.classes[instance.row]
-        stage = stages[instance.pp, instance.chunk]
-        stored = _look_up(instance.name, row, stage, several)
+    classes, bounds, holders = expansion.classes, side.bounds, side.holders
+    for index, name, hub, pp, chunk in expansion.instances:
+        row, stage = classes[index], stages[pp, chunk]
+        stored = _look_up(name, row, stage, several)
         if stored is None:
             continue
-        key = (instance.row, stored[0].dtype, tuple([s.strides for s in stored]))
+        key = (index, stored[0].dtype, tuple([s.strides for s in stored]))
         number = seen.get(key, -1)
         if number < 0:
-            number = seen[key] = len(side.bounds)
-            side.bounds.append(Bound(row, stored[0].dtype, key[2] if any(key[2]) else ()))
+            number = seen[key] = len(bounds)
+            bounds.append(Bound(row, stored[0].dtype, key[2] if any(key[2]) else ()))
             places.append([])
-        bound = side.bounds[number]
-        at = len(bound.hub)
+        rows = bounds[number].hub
         if row.alias:
-            side.aliases.setdefault(instance.hub[0], []).append((number, at))
+            side.aliases.setdefault(hub[0], []).append((number, len(rows)))
         else:
-            for slot, name in enumerate(instance.hub):
-                side.holders[name] = (number, at, slot)
-        bound.hub.append(instance.hub)
+            for slot, member in enumerate(hub):
+                holders[member] = (number, len(rows), slot)
+        rows.append(hub)
         places[number] += stored
-        stage.taken.add(instance.name)
+        stage.taken.add(name)
         side.used += zip(stage.ranks, stored, strict=True)
     for bound, held in zip(side.bounds, places, strict=True):
         bound.files = np.array([file_number[s.file] for s in held], dtype=np.int64).reshape(len(bound.hub), -1)
@@ -269,9 +269,10 @@ def targets(
     side = TargetSide()
     seen: dict[tuple[int, str, str, bool], int] = {}
     ranks = [tuple(layout.rank(tp, pp) for tp in range(layout.tp)) for pp in range(layout.pp)]
+    dtypes, holders = [bound.dtype for bound in source.bounds], source.holders
     for instance in expansion.instances:
         row = expansion.classes[instance.row]
-        before = source.dtype(instance.hub[0])
+        before = dtypes[holders[instance.hub[0]][0]]
         after = cast(instance, instance.hub[0], before)
         for name in instance.hub[1:]:
             if source.dtype(name) != before or cast(instance, name, before) != after:
@@ -347,6 +348,35 @@ def stored_bytes(tensor: StoredTensor) -> int:
     for extent in tensor.shape:
         count *= extent
     return dtype_of(tensor.dtype).nbytes(count)
+
+
+def without_scales(unit: Mapping[str, StoredTensor], scheme: Scheme) -> dict[str, StoredTensor]:
+    """The unit with only the payload of each quantised tensor, once all outputs of its scheme are known to be there.
+
+    Raises
+    ------
+    MissingTensorError, ShapeMismatchError
+        An output is missing, or has another shape or dtype than the scheme gives.
+    """
+    extra: set[str] = set()
+    for name, tensor in unit.items():
+        if not scheme.takes(name, tensor.shape, "bfloat16"):
+            continue
+        payload, *others = scheme.outputs(name, tensor.shape, "bfloat16")
+        if tensor.dtype != payload.dtype:
+            raise ShapeMismatchError(
+                "a tensor is not quantised as the config says", tensor=name, file=tensor.file, expected=payload.dtype, actual=tensor.dtype
+            )
+        for output in others:
+            found = unit.get(output.name)
+            if found is None:
+                raise MissingTensorError("a tensor is missing", tensor=output.name, file=tensor.file, expected=f"shape {output.shape}")
+            if found.shape != output.shape:
+                raise ShapeMismatchError(
+                    "a scale does not fit its tensor", tensor=output.name, file=found.file, expected=output.shape, actual=found.shape
+                )
+            extra.add(output.name)
+    return {name: tensor for name, tensor in unit.items() if name not in extra}
 
 
 def check_units(units: Units, layout: Layout, dialect: Dialect, format_name: str) -> None:

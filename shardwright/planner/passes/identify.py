@@ -1,0 +1,84 @@
+"""A plan's hash, and the ``shardwright.json`` that a target carries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from json.encoder import encode_basestring_ascii
+
+from ..formats.base import Filing, Source, Unit
+from ..identity import FILE_NAME, SCHEMA
+from ..plan import PLAN_FORMAT, Plan, TargetFile
+from .request import Request, Words
+from .sides import TargetSide
+
+__all__ = ["plan_hash", "with_identity"]
+
+
+def plan_hash(plan: Plan) -> str:
+    """SHA-256 over the recipe, the plan format, the tiles, and each source file's size, header digest and mtime.
+
+    Paths and the tool's version are left out: a moved source or a newer tool can resume.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps([PLAN_FORMAT, plan.recipe], sort_keys=True, default=str).encode())
+    for column in (plan.tiles.first, plan.tiles.program, plan.tiles.row, plan.tiles.lo, plan.tiles.hi):
+        digest.update(column.astype("<i8").tobytes())
+    digest.update(json.dumps([(f.nbytes, f.header_digest, f.mtime_ns) for f in plan.source_files]).encode())
+    return digest.hexdigest()
+
+
+def with_identity(plan: Plan, source: Source, request: Request, words: Words, wanted: TargetSide, filing: Filing) -> Plan:
+    """The plan with ``shardwright.json`` among its target files."""
+    made = {
+        "schema": SCHEMA,
+        "format": request.to,
+        "dialect": words.dialect.name,
+        "spec": words.spec,
+        "container": words.container,
+        "layout": request.layout.to_json(),
+        "family": source.family.name,
+        "config": dict(words.config.fields),
+        "padded_vocab": words.padded_vocab,
+        "recipe": plan.recipe,
+        "plan_hash": plan_hash(plan),
+        "source_config": source.raw_config,
+        "companions": [to for _, to in filing.copies],
+        "source": {"format": source.format, "layout": source.layout.to_json(), "files": [asdict(f) for f in plan.source_files]},
+        "dropped": [asdict(d) for d in plan.dropped],
+    }
+    text = json.dumps(made, sort_keys=False, default=str)
+    data = f'{text[:-1]}, "tensors": {_tensor_table(plan, wanted, filing)}}}\n'.encode()
+    return replace(plan, target_files=(*plan.target_files, TargetFile(FILE_NAME, len(data), ((0, data),))))
+
+
+def _tensor_table(plan: Plan, wanted: TargetSide, filing: Filing) -> str:
+    """``[key, rank, dtype, shape, partition axis or null, file]`` per stored tensor, as JSON.
+
+    Written by hand: there can be a million, and the tp ranks of a stage have all but rank and file in common.
+    """
+    paths = [json.dumps(f.path) for f in plan.target_files]
+    rows: list[str] = []
+    spelled: list[tuple[str, str]] = []
+    before: Unit | None = None
+    for unit in filing.units:
+        if before is None or unit.tensors is not before.tensors or unit.members is not before.members:
+            spelled = _spelled(unit, wanted)
+        before = unit
+        entries = plan.target_tensors[len(rows) : len(rows) + len(spelled)]
+        rows += [f"{head}{t.rank}{tail}{paths[t.file]}]" for (head, tail), t in zip(spelled, entries, strict=True)]
+    return f"[{', '.join(rows)}]"
+
+
+def _spelled(unit: Unit, wanted: TargetSide) -> list[tuple[str, str]]:
+    """What stands before the rank and between rank and file, for each tensor of a unit."""
+    tails: dict[tuple[int, int], str] = {}
+    found = []
+    for position, (name, dtype, shape) in zip(unit.members, unit.tensors, strict=True):
+        number, _, output = wanted.wanted[position][:3]
+        if (number, output) not in tails:
+            split = wanted.bounds[number].outputs[output].split
+            tails[number, output] = f", {json.dumps([dtype, shape, split.axis if split.parts > 1 else None])[1:-1]}, "
+        found.append((f"[{encode_basestring_ascii(name)}, ", tails[number, output]))
+    return found

@@ -1,0 +1,79 @@
+"""The plan onto a target that exists already: `verify` compares through it.
+
+The same path as `build`, but each target operand's place is read from the target's own headers instead of laid out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from ..formats.base import Filing, Source
+from ..plan import Plan, TargetFile, TensorEntry
+from ..tensor.dtypes import dtype as dtype_of
+from .build import assemble, no_collector, sides_of
+from .request import Cast, Request, settle_words
+from .rows import RowInstance
+from .sides import Wanted, place
+from .tiling import TILE_BYTES
+
+__all__ = ["Located", "locate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A plan onto an existing target, unless the target's names, dtypes or shapes are not the request's."""
+
+    plan: Plan
+    missing: tuple[str, ...]
+    different: tuple[str, ...]
+    extra: tuple[str, ...]
+
+
+def locate(source: Source, request: Request, target: Source) -> Located:
+    """The plan whose target operands are those of an existing `target`, found through its own headers."""
+    with no_collector():
+        grown = target.config["vocab_size"] if target.config["vocab_size"] > source.config["vocab_size"] else None
+        words = replace(settle_words(source, request), padded_vocab=target.padded_vocab or grown, scheme=target.scheme)
+        side, wanted = sides_of(source, request, words, _as_stored(target))
+        paths = sorted(target.files)
+        number = {path: i for i, path in enumerate(paths)}
+        found: set[tuple[int, int, str]] = set()
+        entries: list[TensorEntry] = []
+        missing: list[str] = []
+        different: list[str] = []
+
+        def where(w: Wanted, rank: int) -> tuple[int, int]:
+            found.add((rank, w.chunk, w.name))
+            stored = target.units.get((rank, w.chunk), {}).get(w.name)
+            if stored is None:
+                missing.append(f"{w.name}@{rank}: {w.dtype} {w.shape}")
+                return 0, 0
+            if (stored.dtype, stored.shape) != (w.dtype, w.shape) or stored.strides is not None:
+                different.append(f"{w.name}@{rank}: expected {w.dtype} {w.shape}, actual {stored.dtype} {stored.shape}")
+            entries.append(TensorEntry(w.name, rank, w.dtype, w.shape, number[stored.file], stored.offset))
+            return number[stored.file], stored.offset
+
+        for tp in range(request.layout.tp):
+            places = [where(w, w.ranks[tp]) for w in wanted.wanted]
+            place(wanted, range(len(places)), tp, [file for file, _ in places], [offset for _, offset in places])
+        extra = [
+            f"{name}@{rank}"
+            for (rank, chunk), unit in target.units.items()
+            for name in unit
+            if (rank, chunk, name) not in found and not any(fnmatchcase(name, i.pattern) for i in words.dialect.ignore)
+        ]
+        files = [TargetFile(path, target.store.stat(path).nbytes) for path in paths]
+        plan = assemble(source, request, words, side, wanted, files, entries, Filing((), (), ()), TILE_BYTES)
+        return Located(plan, tuple(missing), tuple(different), tuple(extra))
+
+
+def _as_stored(target: Source) -> Cast:
+    """Whatever dtype an existing target stores a row in; a quantised row goes in as it is."""
+
+    def cast(row: RowInstance, name: str, before: str) -> str:
+        stored = target.units.get((target.layout.rank(pp=row.pp), row.chunk), {}).get(row.name)
+        taken = target.scheme is not None and stored is not None and target.scheme.takes(name, stored.shape, before)
+        return before if stored is None or taken or dtype_of(stored.dtype).kind != "float" else stored.dtype
+
+    return cast
