@@ -1,7 +1,7 @@
 """Made-up Llamas of about any size.
 
 1. `shape_of` gives the config.json of a model of about that many bytes: Llama-3-8B's own shapes with as many layers as
-   fit, or, below one such layer and its tables, a narrower model.
+   fit; with a smaller vocabulary where fewer than three layers would fit, and a narrow model where that does not help.
 2. `make` writes it with random bytes, in several files, as a Hugging Face checkpoint of that size would be.
 3. `sparse` writes headers and holes only, for planning.
 """
@@ -48,9 +48,9 @@ MANY_TENSORS: Config = {
 
 def shape_of(nbytes: int) -> Config:
     """The config of a bfloat16 Llama of about `nbytes`; at least one layer."""
-    for shape in (_LLAMA_8B, _NARROW):
+    for shape in (_LLAMA_8B, {**_LLAMA_8B, "vocab_size": 32000}, _NARROW):
         layers = round((nbytes - _tables(shape)) / _layer(shape))
-        if layers >= 1:
+        if layers >= 3:
             break
     return {**_COMMON, **shape, "num_hidden_layers": max(1, layers)}
 

@@ -44,6 +44,8 @@ __all__ = [
     "without_scales",
 ]
 
+_FLOATS = ("bfloat16", "float16", "float32", "float64")
+
 Shape = tuple[int, ...]
 Units = Mapping[tuple[int, int], Mapping[str, StoredTensor]]
 """Stored tensors by name, for each (rank, virtual chunk)."""
@@ -360,9 +362,11 @@ def without_scales(unit: Mapping[str, StoredTensor], scheme: Scheme) -> dict[str
     """
     extra: set[str] = set()
     for name, tensor in unit.items():
-        if not scheme.takes(name, tensor.shape, "bfloat16"):
+        # The dtype before quantisation is not stored; any that the scheme takes says which outputs there must be.
+        before = next((d for d in _FLOATS if scheme.takes(name, tensor.shape, d)), None)
+        if before is None:
             continue
-        payload, *others = scheme.outputs(name, tensor.shape, "bfloat16")
+        payload, *others = scheme.outputs(name, tensor.shape, before)
         if tensor.dtype != payload.dtype:
             raise ShapeMismatchError(
                 "a tensor is not quantised as the config says", tensor=name, file=tensor.file, expected=payload.dtype, actual=tensor.dtype
