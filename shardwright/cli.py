@@ -11,66 +11,24 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 from click.core import ParameterSource
 from click.exceptions import Exit
 
-from .errors import LayoutError, ShardwrightError, StoppedError, UsageError, VerificationError
+from .errors import ShardwrightError, StoppedError, UsageError, VerificationError
+from .options import as_json_option, bounds_options, job_of, open_source_of, source_options, target_options
 
 if TYPE_CHECKING:
     from .api import Checkpoint, Conversion, Verification
     from .executors.execute import Outcome
-    from .planner.layout import Layout
 
 __all__ = ["main"]
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def wrap(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return wrap
-
-
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-_source = _options(
-    click.option("--family", metavar="NAME|FILE", help="Model family, or a family table of your own."),
-    click.option("--config", "config", metavar="FILE", type=click.Path(dir_okay=False), help="config.json, where the source has none."),
-    click.option("--vocab-size", type=click.IntRange(1), help="True vocabulary size, where only a padded one is stored."),
-)
-_bounds = _options(
-    click.option("--memory", metavar="SIZE", help="Memory bound, e.g. 1GiB. Default: a quarter of what is free, at most 2 GiB."),
-    click.option("--workers", type=click.IntRange(1), help="Lanes that run at once. Default: cores, at most 8."),
-)
-_target = _options(
-    click.option("--to", metavar="FORMAT", help="Target format."),
-    click.option("--tp", type=click.IntRange(1), default=1, help="Tensor parallel size."),
-    click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline parallel size."),
-    click.option("--vpp", type=click.IntRange(1), default=1, help="Model chunks per pipeline stage."),
-    click.option("--pp-layers", metavar="LIST", help="Layers of each stage (chunk), e.g. 10,11,11."),
-    click.option("--layout", "layout_file", metavar="FILE", type=click.Path(exists=True, dir_okay=False), help="Layout as a JSON file."),
-    click.option("--dialect", metavar="D", help="Names and fusion of the target's tensors."),
-    click.option("--container", metavar="C", help="Container of the target's files."),
-    click.option("--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest Hugging Face file."),
-    click.option("--dtype", metavar="D", help="Cast floating tensors, e.g. bfloat16."),
-    click.option("--quantize", metavar="S", help="Quantisation scheme, e.g. int8."),
-    click.option("--pad-vocab-to", type=click.IntRange(1), metavar="M", help="Pad the vocabulary to a multiple of M."),
-    click.option("--megatron-spec", type=click.Choice(["te", "local"]), help="Megatron layer spec whose names are written (default te)."),
-    click.option("--trust-replicas", is_flag=True, help="Do not read and compare copies."),
-    click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out stored tensors of that name."),
-    _source,
-    _bounds,
-)
 
 
 class _Root(click.RichGroup):
@@ -150,11 +108,11 @@ def main() -> None:
 @main.command()
 @click.argument("src", type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-@_source
-@_as_json
+@source_options
+@as_json_option
 def inspect(src: str, tensors: bool, as_json: bool, **hints: Any) -> None:
     """Say what a checkpoint is: format, family, layout, config, bytes."""
-    checkpoint = _open(src, hints)
+    checkpoint = open_source_of(src, hints)
     source = checkpoint.source
     found: dict[str, Any] = {
         "path": checkpoint.path,
@@ -203,13 +161,13 @@ def _dtypes(checkpoint: Checkpoint) -> dict[str, int]:
 @main.command()
 @click.argument("src", type=click.Path())
 @click.argument("out", type=click.Path(), required=False)
-@_target
+@target_options
 @click.option("--html", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Write the plan as one static page.")
 @click.option("--save", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Save the plan for convert --plan.")
-@_as_json
+@as_json_option
 def plan(src: str, out: str | None, html: str | None, save: str | None, as_json: bool, **options: Any) -> None:
     """Decide a conversion on paper and show what it costs; nothing is written."""
-    job = _job(src, out, options)
+    job = job_of(src, out, options)
     summary = job.summary()
     if html:
         job.visualize(html)
@@ -228,12 +186,12 @@ def plan(src: str, out: str | None, html: str | None, save: str | None, as_json:
 @main.command()
 @click.argument("src", type=click.Path(), required=False)
 @click.argument("out", type=click.Path(), required=False)
-@_target
+@target_options
 @click.option("--plan", "plan_file", metavar="FILE", type=click.Path(dir_okay=False), help="Run a saved plan.")
 @click.option("--scheduler", default="threads", show_default=True, metavar="threads|ADDRESS", help="Where to run.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished target.")
 @click.option("--verify", "then_verify", is_flag=True, help="Verify the target against the source afterwards.")
-@_as_json
+@as_json_option
 def convert(
     src: str | None,
     out: str | None,
@@ -245,7 +203,7 @@ def convert(
     **options: Any,
 ) -> None:
     """Convert a checkpoint: plan, check, move every byte once, publish whole or not at all."""
-    job = _saved(plan_file, options) if plan_file else _job(_need(src, "SRC"), _need(out, "OUT"), options)
+    job = _saved(plan_file, options) if plan_file else job_of(_need(src, "SRC"), _need(out, "OUT"), options)
     summary = job.summary()
     if not as_json:
         from .render import show_plan
@@ -328,9 +286,9 @@ def _saved(plan_file: str, options: dict[str, Any]) -> Conversion:
 @main.command()
 @click.argument("out", type=click.Path())
 @click.argument("src", type=click.Path(), required=False)
-@_source
-@_bounds
-@_as_json
+@source_options
+@bounds_options
+@as_json_option
 def verify(out: str, src: str | None, as_json: bool, **options: Any) -> None:
     """Open OUT as a stranger would; with SRC, recompute and compare every tensor."""
     from .api import verify as verify_target
@@ -371,10 +329,10 @@ def verify(out: str, src: str | None, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("src", type=click.Path())
 @click.argument("tensor")
-@_target
+@target_options
 def explain(src: str, tensor: str, **options: Any) -> None:
     """Say how one tensor (stored, hub or target name) is made."""
-    click.echo(_job(src, None, options).explain(tensor))
+    click.echo(job_of(src, None, options).explain(tensor))
 
 
 @main.command()
@@ -395,7 +353,7 @@ def synth(config: str, out: str, sparse: bool, dtype: str | None, family: str | 
 
 
 @main.command()
-@_as_json
+@as_json_option
 def formats(as_json: bool) -> None:
     """List formats, with their dialects and containers."""
     from .planner.formats import FORMATS
@@ -405,7 +363,7 @@ def formats(as_json: bool) -> None:
 
 
 @main.command()
-@_as_json
+@as_json_option
 def families(as_json: bool) -> None:
     """List model families."""
     from .planner.tables import FAMILIES
@@ -430,7 +388,7 @@ def _tensor_json(tensor: Any) -> dict[str, Any]:
 
 
 @main.command()
-@_as_json
+@as_json_option
 def schemes(as_json: bool) -> None:
     """List quantisation schemes."""
     from .planner.schemes import SCHEMES
@@ -454,68 +412,6 @@ def demo(folder: str | None) -> None:
     from .demo import run
 
     run(Path(folder) if folder else None)
-
-
-def _open(src: str, hints: dict[str, Any]) -> Checkpoint:
-    from .api import open as open_checkpoint
-
-    return open_checkpoint(src, family=hints.get("family"), config=hints.get("config"), vocab_size=hints.get("vocab_size"))
-
-
-def _job(src: str, out: str | None, options: dict[str, Any]) -> Conversion:
-    from .api import parse_size
-    from .api import plan as make_plan
-
-    if options["to"] is None:
-        raise UsageError("say what to make of it", remedy="Give --to FORMAT; `shardwright formats` lists them")
-    return make_plan(
-        _open(src, options),
-        out,
-        to=options["to"],
-        layout=_layout(options),
-        memory=options["memory"],
-        workers=options["workers"],
-        dialect=options["dialect"],
-        container=options["container"],
-        spec=options["megatron_spec"],
-        dtype=options["dtype"],
-        quantize=options["quantize"],
-        max_shard_size=parse_size(options["max_shard_size"]),
-        pad_vocab_to=options["pad_vocab_to"],
-        trust_replicas=options["trust_replicas"],
-        drop=options["drop"],
-    )
-
-
-def _layout(options: dict[str, Any]) -> Layout:
-    from .planner.layout import Layout
-
-    if options["layout_file"]:
-        if (options["tp"], options["pp"], options["vpp"], options["pp_layers"]) != (1, 1, 1, None):
-            raise UsageError("--layout and the sizes contradict each other", remedy="Give one or the other")
-        return _read_layout(options["layout_file"])
-    stages = None
-    if options["pp_layers"]:
-        try:
-            stages = tuple(int(n) for n in options["pp_layers"].split(","))
-        except ValueError:
-            raise UsageError("--pp-layers is a list of numbers", expected="e.g. 10,11,11", actual=options["pp_layers"]) from None
-    return Layout(tp=options["tp"], pp=options["pp"], vpp=options["vpp"], stages=stages)
-
-
-def _read_layout(file: str) -> Layout:
-    from .planner.layout import Layout
-
-    remedy = 'Write an object like {"tp": 8, "pp": 4}; axes: tp, pp, vpp, ep, etp, stages'
-    try:
-        found = json.loads(Path(file).read_text())
-        if not isinstance(found, dict):
-            raise LayoutError("the layout file does not hold a JSON object", file=file, actual=type(found).__name__, remedy=remedy)
-        return Layout.from_json(found)
-    except (LayoutError, UsageError) as error:
-        raise LayoutError(error.message, file=file, expected=error.expected, actual=error.actual, remedy=error.remedy or remedy) from None
-    except (ValueError, TypeError, RecursionError, OSError) as error:
-        raise LayoutError(f"the layout file cannot be read ({error})", file=file, remedy=remedy) from None
 
 
 def _need(value: str | None, what: str) -> str:

@@ -1,0 +1,122 @@
+"""The command line's options, in groups that commands share, and what they mean: a layout, a checkpoint, a conversion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import rich_click as click
+
+from .errors import LayoutError, UsageError
+
+if TYPE_CHECKING:
+    from .api import Checkpoint, Conversion
+    from .planner.layout import Layout
+
+__all__ = ["as_json_option", "bounds_options", "job_of", "open_source_of", "source_options", "target_options"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def wrap(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return wrap
+
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+source_options = _options(
+    click.option("--family", metavar="NAME|FILE", help="Model family, or a family table of your own."),
+    click.option("--config", "config", metavar="FILE", type=click.Path(dir_okay=False), help="config.json, where the source has none."),
+    click.option("--vocab-size", type=click.IntRange(1), help="True vocabulary size, where only a padded one is stored."),
+)
+bounds_options = _options(
+    click.option("--memory", metavar="SIZE", help="Memory bound, e.g. 1GiB. Default: a quarter of what is free, at most 2 GiB."),
+    click.option("--workers", type=click.IntRange(1), help="Lanes that run at once. Default: cores, at most 8."),
+)
+target_options = _options(
+    click.option("--to", metavar="FORMAT", help="Target format."),
+    click.option("--tp", type=click.IntRange(1), default=1, help="Tensor parallel size."),
+    click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline parallel size."),
+    click.option("--vpp", type=click.IntRange(1), default=1, help="Model chunks per pipeline stage."),
+    click.option("--pp-layers", metavar="LIST", help="Layers of each stage (chunk), e.g. 10,11,11."),
+    click.option("--layout", "layout_file", metavar="FILE", type=click.Path(exists=True, dir_okay=False), help="Layout as a JSON file."),
+    click.option("--dialect", metavar="D", help="Names and fusion of the target's tensors."),
+    click.option("--container", metavar="C", help="Container of the target's files."),
+    click.option("--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest Hugging Face file."),
+    click.option("--dtype", metavar="D", help="Cast floating tensors, e.g. bfloat16."),
+    click.option("--quantize", metavar="S", help="Quantisation scheme, e.g. int8."),
+    click.option("--pad-vocab-to", type=click.IntRange(1), metavar="M", help="Pad the vocabulary to a multiple of M."),
+    click.option("--megatron-spec", type=click.Choice(["te", "local"]), help="Megatron layer spec whose names are written (default te)."),
+    click.option("--trust-replicas", is_flag=True, help="Do not read and compare copies."),
+    click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out stored tensors of that name."),
+    source_options,
+    bounds_options,
+)
+
+
+def open_source_of(src: str, hints: dict[str, Any]) -> Checkpoint:
+    from .api import open as open_checkpoint
+
+    return open_checkpoint(src, family=hints.get("family"), config=hints.get("config"), vocab_size=hints.get("vocab_size"))
+
+
+def job_of(src: str, out: str | None, options: dict[str, Any]) -> Conversion:
+    from .api import parse_size
+    from .api import plan as make_plan
+
+    if options["to"] is None:
+        raise UsageError("say what to make of it", remedy="Give --to FORMAT; `shardwright formats` lists them")
+    return make_plan(
+        open_source_of(src, options),
+        out,
+        to=options["to"],
+        layout=layout_of(options),
+        memory=options["memory"],
+        workers=options["workers"],
+        dialect=options["dialect"],
+        container=options["container"],
+        spec=options["megatron_spec"],
+        dtype=options["dtype"],
+        quantize=options["quantize"],
+        max_shard_size=parse_size(options["max_shard_size"]),
+        pad_vocab_to=options["pad_vocab_to"],
+        trust_replicas=options["trust_replicas"],
+        drop=options["drop"],
+    )
+
+
+def layout_of(options: dict[str, Any]) -> Layout:
+    from .planner.layout import Layout
+
+    if options["layout_file"]:
+        if (options["tp"], options["pp"], options["vpp"], options["pp_layers"]) != (1, 1, 1, None):
+            raise UsageError("--layout and the sizes contradict each other", remedy="Give one or the other")
+        return read_layout(options["layout_file"])
+    stages = None
+    if options["pp_layers"]:
+        try:
+            stages = tuple(int(n) for n in options["pp_layers"].split(","))
+        except ValueError:
+            raise UsageError("--pp-layers is a list of numbers", expected="e.g. 10,11,11", actual=options["pp_layers"]) from None
+    return Layout(tp=options["tp"], pp=options["pp"], vpp=options["vpp"], stages=stages)
+
+
+def read_layout(file: str) -> Layout:
+    from .planner.layout import Layout
+
+    remedy = 'Write an object like {"tp": 8, "pp": 4}; axes: tp, pp, vpp, ep, etp, stages'
+    try:
+        found = json.loads(Path(file).read_text())
+        if not isinstance(found, dict):
+            raise LayoutError("the layout file does not hold a JSON object", file=file, actual=type(found).__name__, remedy=remedy)
+        return Layout.from_json(found)
+    except (LayoutError, UsageError) as error:
+        raise LayoutError(error.message, file=file, expected=error.expected, actual=error.actual, remedy=error.remedy or remedy) from None
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        raise LayoutError(f"the layout file cannot be read ({error})", file=file, remedy=remedy) from None
