@@ -8,6 +8,7 @@ standard error.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from .executors.execute import Outcome
 
 __all__ = ["main"]
+
+# Nothing here uses BLAS: its idle threads, which numpy starts when it is imported, cost start-up time and memory.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 class _Root(click.RichGroup):

@@ -17,10 +17,12 @@ import ctypes
 import errno
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 from ..errors import PlanError
@@ -76,6 +78,8 @@ class TargetFiles:
         self.checksums = Checksums(self.files)
         self._descriptors = Descriptors(self._open, limit)
         self._unsynced: dict[int, int] = {}
+        # The kernel lets one write at a time into a file, and others wait for it by spinning: here they sleep instead.
+        self._turns: defaultdict[int, Lock] = defaultdict(Lock)
         self._stop = stop or Stop()
 
     def create(self) -> None:
@@ -137,8 +141,9 @@ class TargetFiles:
 
     def _pwrite(self, fd: int, number: int, offset: int, data: memoryview) -> None:
         at, end = 0, len(data)
-        while at < end:
-            at += os.pwrite(fd, data[at : at + CALL_BYTES], offset + at)
+        with self._turns[number]:
+            while at < end:
+                at += os.pwrite(fd, data[at : at + CALL_BYTES], offset + at)
         # Lanes may count one another's bytes twice or not at all: the figure only says when.
         self._unsynced[number] = self._unsynced.get(number, 0) + end
         if self._unsynced[number] >= WRITEBACK_BYTES:
