@@ -138,10 +138,11 @@ class Checkpoint(Mapping[str, "Tensor"]):
     def stored(self) -> dict[str, Tensor]:
         """Stored tensors under the checkpoint's own names (``name@rank`` where several ranks hold that name)."""
         single = len(self._source.units) == 1
+        number = {path: i for i, path in enumerate(self._source.files)}
         found = {}
         for (rank, chunk), unit in self._source.units.items():
             for name, tensor in unit.items():
-                lazy = _stored_view(tensor, [*self._source.files].index(tensor.file))
+                lazy = _stored_view(tensor, number[tensor.file])
                 label = name if single else f"{name}@{rank}" if not chunk else f"model{chunk}.{name}@{rank}"
                 found[label] = Tensor(self, lazy)
         return found

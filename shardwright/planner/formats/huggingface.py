@@ -50,7 +50,8 @@ class HuggingFace:
 
     def open(self, store: Store, hints: Hints) -> Source:
         container, entry, index = _find(store)
-        settled = settle(store, hints, read_identity(store), "config.json")
+        identity = read_identity(store)
+        settled = settle(store, hints, identity, "config.json")
         if settled is None:
             raise missing_config(store, self.name)
         family, config, raw = settled
@@ -75,7 +76,7 @@ class HuggingFace:
             tuple(dropped) + _strays(store, files),
             (),
             scheme_of(raw, "config.json"),
-            read_identity(store),
+            identity,
             "config.json",
         )
 
