@@ -27,7 +27,7 @@ from .planner.passes.rows import expand
 from .planner.passes.sides import SourceSide, stored_bytes
 from .planner.passes.view import View, hub_view, rank_views
 from .planner.store import LocalStore
-from .planner.tables import DIALECTS, FAMILIES, Family, load_family
+from .planner.tables import DIALECTS, FAMILIES, Family, load_family, specs_of
 from .planner.tensor.dtypes import dtype as dtype_of
 from .planner.tensor.lazy import LazyTensor, leaf
 
@@ -204,9 +204,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
             raise UsageError(f"{to} holds one rank", actual=f"{layout.ranks} ranks", remedy='Choose to="ranks"')
         number = _rank_number(rank, layout)
         words = DIALECTS.get(request.dialect or target.dialects[0])
-        spec = request.spec or (words.specs or ("",))[0]
-        if spec not in (words.specs or ("",)):
-            raise UsageError(f"dialect {words.name} has no spec {spec!r}", remedy=f"Known: {', '.join(words.specs)}")
+        specs = specs_of(words, self._source.family)
+        spec = request.spec or specs[0]
+        if spec not in specs:
+            raise UsageError(f"dialect {words.name} has no spec {spec!r}", remedy=f"Known: {', '.join(specs)}")
         padded = padded_vocab(self._source, request, words)
         expansion = expand(self._source.family, self._source.config, words, spec, layout, padded, hub=self._source.hub)
         yield from rank_views(self._side, expansion, layout, number, layout.vpp > 1 and words.numbering == "local")

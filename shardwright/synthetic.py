@@ -24,7 +24,7 @@ from .planner.passes.request import castable
 from .planner.passes.rows import expand
 from .planner.passes.sides import Wanted
 from .planner.store import LocalStore
-from .planner.tables import DIALECTS, Family
+from .planner.tables import DIALECTS, Family, specs_of
 from .planner.tensor.dtypes import dtype as dtype_of
 
 __all__ = ["synth"]
@@ -63,10 +63,11 @@ def synth(
     name = castable(dtype or raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
     model = from_huggingface(raw, chosen, str(path))
     dialect = DIALECTS.get("huggingface")
-    rows = expand(chosen, model, dialect, "", Layout(), None)
+    spelling = specs_of(dialect, chosen)[0]
+    rows = expand(chosen, model, dialect, spelling, Layout(), None)
     wanted = [Wanted(0, 0, 0, (0,), 0, i.name, name, rows.classes[i.row].whole.shape) for i in rows.instances]
     made = {**raw, ("dtype" if "dtype" in raw else "torch_dtype"): name}
-    target = Target(Layout(), dialect, "", "safetensors", model, chosen, name, None, max_shard_size, wanted, made, None, ())
+    target = Target(Layout(), dialect, spelling, "safetensors", model, chosen, name, None, max_shard_size, wanted, made, None, ())
     root = Path(out)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise TargetExistsError("the target holds something already", file=root, remedy="Name a new folder")

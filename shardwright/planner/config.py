@@ -1,4 +1,4 @@
-"""The canonical model config, and its two spellings: Hugging Face's config.json and Megatron's args.
+"""The canonical model config, and how Hugging Face's config.json spells it; `megatron_args` has Megatron's spelling.
 
 A `ModelConfig` is a family's name and the fields that its table declares, under Hugging Face's names where it has one.
 Nothing is defaulted in silence: a field comes from the file, or from the default that the family's table gives for an
@@ -7,7 +7,6 @@ absent key (what transformers itself assumes), or the config is refused.
 * ``config.json`` → canonical: `from_huggingface`; back: `to_huggingface`, which edits the original where it travelled
   along and otherwise writes one from the fields. RoPE is read in both spellings (``rope_theta`` + ``rope_scaling``;
   ``rope_parameters``) and written in both.
-* Megatron ``args`` → canonical: `from_megatron`; back: `to_megatron`. What Megatron cannot express is refused.
 
 Boundary: dictionaries in, dictionaries out.
 """
@@ -22,7 +21,7 @@ from typing import Any
 from ..errors import ConfigError, UnknownFamilyError, UnsupportedError
 from .tables import FAMILIES, ConfigRule, Family
 
-__all__ = ["ModelConfig", "family_of", "from_huggingface", "from_megatron", "infer_family", "to_huggingface", "to_megatron"]
+__all__ = ["ModelConfig", "check_types", "family_of", "from_huggingface", "infer_family", "layer_scope", "to_huggingface"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ def from_huggingface(raw: Mapping[str, Any], family: Family, file: str = "config
     for rule in family.config:
         fields[rule.name] = _field(rule, plain, fields, file)
         _check_count(rule.name, fields, file)
-    _check_types(fields, file)
+    check_types(fields, file)
     return ModelConfig(family.name, fields)
 
 
@@ -91,9 +90,12 @@ def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], 
     return rule.default(fields)
 
 
-_COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-_SWITCHES = ("tie_word_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm")
-_NUMBERS = ("max_position_embeddings", "rms_norm_eps", "rope_theta")
+_COUNTS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "shared_expert_intermediate_size",
+)  # fmt: skip
+_SWITCHES = ("tie_word_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm", "norm_topk_prob", "shared_expert_gate")
+_NUMBERS = ("max_position_embeddings", "rms_norm_eps", "rope_theta", "router_aux_loss_coef")
 
 
 def _check_count(name: str, fields: Mapping[str, Any], file: str) -> None:
@@ -102,7 +104,14 @@ def _check_count(name: str, fields: Mapping[str, Any], file: str) -> None:
         raise ConfigError(f"{name} must be a positive integer", file=file, actual=repr(value))
 
 
-def _check_types(fields: Mapping[str, Any], file: str) -> None:
+def check_types(fields: Mapping[str, Any], file: str) -> None:
+    """Refuse fields of the wrong type, or that contradict each other.
+
+    Raises
+    ------
+    ConfigError
+        Names the field and its value.
+    """
     for name in fields:
         _check_count(name, fields, file)
     for name in _SWITCHES:
@@ -116,9 +125,15 @@ def _check_types(fields: Mapping[str, Any], file: str) -> None:
         raise ConfigError("the factor of rope_scaling must be a number", file=file, actual=repr(scaling["factor"]))
     if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
         raise ConfigError("sliding_window must be an integer", file=file, actual=repr(window))
+    dense = fields.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in dense):
+        raise ConfigError("mlp_only_layers must be a list of layer numbers", file=file, actual=repr(dense))
     heads, groups = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
     if heads and groups and heads % groups:
         raise ConfigError("key/value heads do not divide the attention heads", file=file, expected=f"a divisor of {heads}", actual=groups)
+    chosen, experts = fields.get("num_experts_per_tok", 0), fields.get("num_experts", 0)
+    if chosen > experts:
+        raise ConfigError("a token is sent to more experts than there are", file=file, expected=f"at most {experts}", actual=chosen)
 
 
 def _plain_rope(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
@@ -146,6 +161,12 @@ def _scaling(scaling: Any) -> dict[str, Any] | None:
     if kind == "default":
         return None
     return {"rope_type": kind, **{k: v for k, v in scaling.items() if k not in ("rope_type", "type", "rope_theta")}}
+
+
+def layer_scope(family: Family, fields: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """`fields` with ``layer`` and the family's words for it."""
+    found = {**fields, "layer": layer}
+    return {**found, **{name: word(found) for name, word in family.layer_words}}
 
 
 def to_huggingface(config: ModelConfig, family: Family, dtype: str, base: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -197,158 +218,6 @@ def _both_ropes(config: ModelConfig) -> dict[str, Any]:
         "rope_scaling": scaling,
         "rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})},
     }
-
-
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What Megatron-core's ``use_rope_scaling`` hard-codes (models/common/embeddings/rotary_pos_embedding.py)."""
-
-
-def to_megatron(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
-    """Megatron's model arguments, and warnings about what they cannot say.
-
-    Raises
-    ------
-    UnsupportedError
-        Megatron-core cannot build this model.
-    """
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    if config["hidden_act"] not in ("silu", "swish"):
-        raise UnsupportedError(
-            "Megatron arguments are written for SwiGLU models only", expected="hidden_act silu", actual=config["hidden_act"]
-        )
-    if config["attention_out_bias"] != config["mlp_bias"] or (config["mlp_bias"] and not config["qkv_bias"]):
-        raise UnsupportedError(
-            "Megatron's add_bias_linear gives a bias to attention output and MLP together, and to QKV with them",
-            actual={k: config[k] for k in ("qkv_bias", "attention_out_bias", "mlp_bias")},
-        )
-    rope, warnings = _megatron_rope(config)
-    window = config.fields.get("sliding_window")
-    arguments = {
-        "num_layers": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
-        "ffn_hidden_size": config["intermediate_size"],
-        "num_attention_heads": heads,
-        "group_query_attention": groups != heads,
-        "num_query_groups": groups,
-        "kv_channels": config["head_dim"],
-        "vocab_size": config["vocab_size"],
-        "max_position_embeddings": config["max_position_embeddings"],
-        "seq_length": config["max_position_embeddings"],
-        "normalization": "RMSNorm",
-        "norm_epsilon": config["rms_norm_eps"],
-        "position_embedding_type": "rope",
-        "rotary_percent": 1.0,
-        "rotary_interleaved": False,
-        **rope,
-        "swiglu": True,
-        "squared_relu": False,
-        "add_bias_linear": config["mlp_bias"],
-        "add_qkv_bias": config["qkv_bias"] and not config["mlp_bias"],
-        "qk_layernorm": config["qk_norm"],
-        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
-        "apply_layernorm_1p": False,
-        "window_size": None if window is None else (window - 1, 0),
-        "num_experts": None,
-    }
-    return arguments, warnings
-
-
-def _megatron_rope(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
-    rope: dict[str, Any] = {
-        "rotary_base": config["rope_theta"],
-        "use_rope_scaling": False,
-        "rope_scaling_factor": 8.0,
-        "rotary_seq_len_interpolation_factor": None,
-    }
-    scaling = config.fields.get("rope_scaling")
-    if scaling is None:
-        return rope, []
-    kind = scaling["rope_type"]
-    if kind == "llama3" and all(scaling.get(k, v) == v for k, v in _LLAMA3_ROPE.items()):
-        return {**rope, "use_rope_scaling": True, "rope_scaling_factor": float(scaling.get("factor", 8.0))}, []
-    if kind == "linear" and float(scaling.get("factor", 1.0)).is_integer():
-        return {**rope, "rotary_seq_len_interpolation_factor": int(scaling.get("factor", 1))}, []
-    return rope, [f"Megatron's args cannot express this RoPE scaling; set it when you launch: {scaling}"]
-
-
-def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_size: int | None, file: str) -> ModelConfig:
-    """The canonical config of a checkpoint's own ``args``.
-
-    Parameters
-    ----------
-    family
-        The family, or None to infer it from the fields.
-    vocab_size
-        The true vocabulary size if the user gave one; ``args.vocab_size`` otherwise.
-
-    Raises
-    ------
-    ConfigError
-        An argument is missing, or the true vocabulary size is unknown.
-    UnsupportedError
-        A model that no family here describes (LayerNorm, learned positions, partial rotary …).
-    """
-
-    def need(name: str) -> Any:
-        if arguments.get(name) is None:
-            raise ConfigError(f"the checkpoint's args lack {name!r}", file=file, remedy="Give --family and --config config.json")
-        return arguments[name]
-
-    for name, wanted in (("normalization", "RMSNorm"), ("position_embedding_type", "rope"), ("swiglu", True)):
-        if need(name) != wanted:
-            raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=wanted)
-    for name, usual in {"rotary_percent": 1.0, "rotary_interleaved": False, "num_experts": None, "apply_layernorm_1p": False}.items():
-        if arguments.get(name, usual) != usual:
-            raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=usual)
-    heads = need("num_attention_heads")
-    vocab = vocab_size if vocab_size is not None else arguments.get("vocab_size")
-    if vocab is None:
-        raise ConfigError(
-            "the true vocabulary size is not in the checkpoint's args",
-            file=file,
-            actual=f"padded_vocab_size {arguments.get('padded_vocab_size')}",
-            remedy="Give --vocab-size N",
-        )
-    linear_bias = bool(arguments.get("add_bias_linear", True))
-    fields = {
-        "hidden_size": need("hidden_size"),
-        "intermediate_size": need("ffn_hidden_size"),
-        "num_hidden_layers": need("num_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": need("num_query_groups") if arguments.get("group_query_attention") else heads,
-        "head_dim": arguments.get("kv_channels") or need("hidden_size") // heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": need("max_position_embeddings"),
-        "rms_norm_eps": need("norm_epsilon"),
-        "hidden_act": "silu",
-        "tie_word_embeddings": not arguments.get("untie_embeddings_and_output_weights", False),
-        "rope_theta": float(base) if isinstance(base := need("rotary_base"), int) else base,
-        "rope_scaling": _rope_from_megatron(arguments),
-        "qkv_bias": linear_bias or bool(arguments.get("add_qkv_bias")),
-        "attention_out_bias": linear_bias,
-        "mlp_bias": linear_bias,
-        "qk_norm": bool(arguments.get("qk_layernorm")),
-        "sliding_window": _window(arguments.get("window_size"), file),
-    }
-    _check_types(fields, file)
-    found = family or infer_family(fields, file)
-    return ModelConfig(found.name, {rule.name: fields[rule.name] for rule in found.config})
-
-
-def _window(size: Any, file: str) -> int | None:
-    """Megatron counts the keys before a query, Hugging Face the query too; -1 is no window."""
-    if not size or size == -1:
-        return None
-    if not isinstance(size, tuple | list) or not isinstance(size[0], int):
-        raise ConfigError("args.window_size must be a pair of integers", file=file, actual=repr(size))
-    return None if size[0] < 0 else size[0] + 1
-
-
-def _rope_from_megatron(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    if arguments.get("use_rope_scaling"):
-        return {"rope_type": "llama3", "factor": float(arguments.get("rope_scaling_factor", 8.0)), **_LLAMA3_ROPE}
-    factor = arguments.get("rotary_seq_len_interpolation_factor")
-    return None if factor is None else {"rope_type": "linear", "factor": float(factor)}
 
 
 def infer_family(fields: Mapping[str, Any], file: str) -> Family:

@@ -1,11 +1,16 @@
 """Layouts: which rank holds which part of a model, and the arithmetic of rank numbers.
 
 * `Layout` is the sizes of the parallel axes and, where layers are dealt unevenly, the layers of each pipeline chunk.
-* `Split` is one row's partition over the tensor-parallel axis: an axis cut in equal parts, each part held by `repeat`
-  neighbouring ranks; `SPLITS` names the kinds that tables use, and checks what must divide.
+* `Split` is one row's partition over the ranks that hold it: an axis cut in equal parts, each part held by `repeat`
+  neighbouring ranks, all parts gone round `cycles` times; `SPLITS` names the kinds that tables use, and checks what must
+  divide.
 
 Rank number = tp + tp_size · (ep + ep_size · pp), tp fastest. Pipeline chunks are in Megatron's order: for each virtual
 chunk, for each stage (source: Megatron-core ``transformer_layer.get_transformer_layer_offset``).
+
+Experts: rank ``ep`` of E holds experts ``[ep · E / ep_size, (ep + 1) · E / ep_size)``. Everything else is held by every ep
+rank of a stage, a copy each. Experts are cut into etp parts instead of tp; etp divides tp, and tensor-parallel rank t holds
+part ``t % etp``, as Megatron's two rank generators (both tp fastest; ``parallel_state.RankGenerator``) say of one process.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ class Layout:
     vpp
         Model chunks per pipeline stage (Megatron's virtual pipeline size); needs pp > 1.
     etp
-        Tensor parallel size of the experts; None means tp.
+        Tensor parallel size of the experts, a divisor of tp; None means tp.
     stages
         Layers of each pipeline chunk, in Megatron's order, where they are uneven; None deals them evenly.
     """
@@ -55,6 +60,11 @@ class Layout:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UsageError(f"{name} must be a positive integer", actual=repr(value))
+        if self.etp is not None:
+            if not isinstance(self.etp, int) or isinstance(self.etp, bool) or self.etp < 1:
+                raise UsageError("etp must be a positive integer", actual=repr(self.etp))
+            if self.tp % self.etp:
+                raise LayoutError("etp must divide tp", expected=f"a divisor of {self.tp}", actual=f"etp {self.etp}, tp {self.tp}")
         if self.vpp > 1 and self.pp == 1:
             raise LayoutError("a virtual pipeline needs pp > 1", actual=f"pp 1, vpp {self.vpp}", remedy="Drop --vpp or raise --pp")
         if self.stages is not None and len(self.stages) != self.pp * self.vpp:
@@ -68,6 +78,24 @@ class Layout:
     def ranks(self) -> int:
         """Number of ranks (data parallelism holds copies and is not counted)."""
         return self.tp * self.ep * self.pp
+
+    @property
+    def expert_tp(self) -> int:
+        """Parts that an expert's tensors are cut into."""
+        return self.tp if self.etp is None else self.etp
+
+    def stage_ranks(self, pp: int, ep: int | None = None) -> tuple[int, ...]:
+        """Ranks of a pipeline stage, of one expert-parallel rank or (None) of all, tp fastest.
+
+        >>> Layout(tp=2, ep=2).stage_ranks(0), Layout(tp=2, ep=2).stage_ranks(0, ep=1)
+        ((0, 1, 2, 3), (2, 3))
+        """
+        first = self.rank(pp=pp, ep=ep or 0)
+        return tuple(range(first, first + self.tp * (self.ep if ep is None else 1)))
+
+    def place_in_stage(self, rank: int) -> int:
+        """Where a rank stands among those of its pipeline stage: its index in `stage_ranks`."""
+        return rank % (self.tp * self.ep)
 
     def rank(self, tp: int = 0, pp: int = 0, ep: int = 0) -> int:
         """Rank number of a coordinate.
@@ -135,14 +163,32 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A partition over tp ranks: `axis` cut into `parts` equal shards, rank t holding shard ``t // repeat``.
+    """A partition over ranks: `axis` cut into `parts` equal shards, the rank in place i holding shard ``i // repeat % parts``.
 
     ``axis=None`` is a full copy on every rank.
+
+    >>> split = Split(0, 2, 1, cycles=2)
+    >>> [(split.shard_of(i), split.copy_of(i)) for i in range(split.width)]
+    [(0, 0), (1, 0), (0, 1), (1, 1)]
     """
 
     axis: int | None
     parts: int
     repeat: int
+    cycles: int = 1
+
+    @property
+    def width(self) -> int:
+        """Ranks that hold a shard."""
+        return self.parts * self.repeat * self.cycles
+
+    def shard_of(self, place: int) -> int:
+        """The shard that the rank in this place holds."""
+        return place // self.repeat % self.parts
+
+    def copy_of(self, place: int) -> int:
+        """Which of the shard's equal copies that is."""
+        return place % self.repeat + self.repeat * (place // (self.parts * self.repeat))
 
 
 def _even(axis: int, size: int, tp: int, what: str) -> Split:

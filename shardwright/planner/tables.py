@@ -1,12 +1,18 @@
 """Family and dialect tables: TOML, checked on reading, turned into frozen data.
 
 1. The file is parsed and its keys are checked against a closed list; every expression is compiled by `expressions`.
-2. ``extends`` merges a table over another: config fields and tensors by name, everything else replaced.
+2. ``extends`` merges a table over others: fields, words and tensors by name, rows by what they hold, the rest replaced.
 3. The results say what exists and how it is spelled; `passes.rows` applies them to a config and a layout.
 
 A *family* lists hub tensors: name, shape over the config, when it exists, how it is split over ranks, on which pipeline
-stage it lives, and how the family's own Hugging Face files spell it. A *dialect* lists rows: a stored tensor's name, the
-hub tensors it is made of, the operations that make it, and its split. Boundary: no checkpoint, no shapes yet.
+stage it lives. Its own Hugging Face files hold each under the name that its entry gives, except where a ``[[row]]`` of the
+family makes a stored tensor of them; ``spellings`` names the variants of those files, the default written first. A
+*dialect* lists rows: a stored tensor's name, the hub tensors it is made of, the operations that make it, and its split;
+``specs`` names its variants. A row has a name for every variant, or for some: in the others it does not exist.
+
+Names count ``{layer}``, and ``{layer}`` with ``{expert}``. A row whose hub tensors count experts stores one tensor per
+expert, or, where its own name does not count them, one for all that a rank holds: the operations before ``stack_experts``
+make each expert's part. Boundary: no checkpoint, no shapes yet.
 """
 
 from __future__ import annotations
@@ -25,10 +31,28 @@ from .layout import SPLITS
 from .operations import OPERATIONS
 from .registry import Registry
 
-__all__ = ["DIALECTS", "FAMILIES", "Alias", "ConfigRule", "Dialect", "Family", "HubTensor", "Ignore", "Row", "load_dialect", "load_family"]
+__all__ = [
+    "DIALECTS",
+    "DIALECT_WORDS",
+    "FAMILIES",
+    "Alias",
+    "ConfigRule",
+    "Dialect",
+    "Family",
+    "HubTensor",
+    "Ignore",
+    "Row",
+    "load_dialect",
+    "load_family",
+    "specs_of",
+]
 
 STAGES = ("first", "last", "layer")
 ALWAYS = parse("true")
+STACK = "stack_experts"
+DIALECT_WORDS: Mapping[str, Any] = {"moe": False, "gated_mlp": True, "num_experts": 0, "tie_word_embeddings": False}
+"""What a dialect may ask of every family, and the answer of a family that does not say."""
+_SCOPE = {"family", "layer", "tp", "pp", "vpp", "ep", "padded_vocab_size", "true", "false", "none"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +95,19 @@ class Ignore:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A model family."""
+    """A model family.
+
+    Attributes
+    ----------
+    spellings
+        Variants of its Hugging Face files, the default written first; empty where there is one.
+    rows
+        Stored tensors of those files that are not one hub tensor under the name that its entry gives.
+    layer_words
+        Words whose value depends on ``layer``; ``moe`` says whether it has experts.
+    refuse
+        Dialect name → why it cannot hold this family.
+    """
 
     name: str
     origin: str
@@ -83,11 +119,15 @@ class Family:
     aliases: tuple[Alias, ...]
     ignore: tuple[Ignore, ...]
     keep_dtype: tuple[str, ...]
+    spellings: tuple[str, ...]
+    rows: tuple[Row, ...]
+    layer_words: tuple[tuple[str, Expression], ...]
+    refuse: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A stored tensor of a dialect, as a layout of hub tensors; `names` by spec (one key, ``""``, without specs)."""
+    """A stored tensor as a layout of hub tensors; `names` by spec (one key, ``""``, without specs)."""
 
     names: Mapping[str, str]
     hub: tuple[str, ...]
@@ -95,6 +135,13 @@ class Row:
     split: str
     stage: str
     when: Expression
+
+    @property
+    def experts(self) -> str:
+        """``""``, or how it holds what every expert has: ``"each"`` under a name of its own, or ``"stack"``."""
+        if "{expert}" not in self.hub[0]:
+            return ""
+        return "stack" if self.layout and self.layout[-1][0] == STACK else "each"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +161,10 @@ class Dialect:
 FAMILIES: Registry[Family] = Registry("family", UnknownFamilyError)
 DIALECTS: Registry[Dialect] = Registry("dialect", UsageError)
 
-_FAMILY_KEYS = {"name", "extends", "model_types", "architecture", "infer", "config", "tensor", "alias", "ignore", "keep_dtype"}
+_FAMILY_KEYS = {
+    "name", "extends", "model_types", "architecture", "infer", "config", "tensor", "alias", "ignore", "keep_dtype",
+    "spellings", "row", "layer", "refuse",
+}  # fmt: skip
 _DIALECT_KEYS = {"name", "numbering", "kv_heads", "pad_vocab", "specs", "rows", "row", "ignore"}
 
 
@@ -134,6 +184,11 @@ def load_dialect(path: str | Path) -> Dialect:
     return _dialect(_read(path), str(path))
 
 
+def specs_of(dialect: Dialect, family: Family) -> tuple[str, ...]:
+    """The dialect's variants, the default first: its own, or the family's spellings; ``("",)`` where there is one."""
+    return (family.spellings if dialect.rows is None else dialect.specs) or ("",)
+
+
 def _read(path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -145,8 +200,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 def _family(table: dict[str, Any], origin: str) -> Family:
     _known_keys(table, _FAMILY_KEYS, origin, "the family")
-    if base := table.get("extends"):
-        table = _merged(_base_table(base, origin), table, origin)
+    table = _extended(table, origin)
     name = _text(table, "name", origin, "the family")
     tensors = tuple(_hub_tensor(entry, f"{origin} [[tensor]] {i + 1}") for i, entry in enumerate(_entries(table, "tensor", origin)))
     if not tensors:
@@ -155,16 +209,21 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     _unique([t.stored for t in tensors], origin, "[[tensor]] huggingface")
     known = {t.name for t in tensors}
     aliases = tuple(_alias(entry, f"{origin} [[alias]] {i + 1}", known) for i, entry in enumerate(_entries(table, "alias", origin)))
-    rules = tuple(_config_rule(key, rule, f"{origin} [config] {key}") for key, rule in _config(table, origin).items())
+    rules = tuple(_config_rule(key, rule, f"{origin} [config] {key}") for key, rule in _table(table, "config", origin).items())
+    words = tuple((key, parse(text, f"{origin} [layer] {key}")) for key, text in _table(table, "layer", origin).items())
+    spellings = tuple(_texts(table, "spellings", origin))
+    rows = tuple(_row(entry, spellings, f"{origin} [[row]] {i + 1}") for i, entry in enumerate(_entries(table, "row", origin)))
+    for i, row in enumerate(rows):
+        if unknown := set(row.hub) - known - {a.name for a in aliases}:
+            raise TableError("a row is made of a tensor that the family does not have", file=f"{origin} [[row]] {i + 1}", actual=min(unknown))
+    _unique_names(rows, spellings, origin)
     fields = {rule.name for rule in rules} | {"layer", "true", "false", "none"}
-    for where, expression in [(t.name, e) for t in tensors for e in (*t.shape, t.when)] + [(a.name, a.when) for a in aliases]:
-        if unknown := expression.names - fields:
-            raise TableError(
-                f"the field {min(unknown)!r} is not in [config]",
-                file=f"{origin} {where}",
-                actual=repr(expression.text),
-                remedy=f"Known: {', '.join(sorted(fields - {'true', 'false', 'none'}))}",
-            )
+    _fields_known([(f"[layer] {name}", e) for name, e in words], fields, origin)
+    fields |= {name for name, _ in words}
+    _fields_known([(t.name, e) for t in tensors for e in (*t.shape, t.when)] + [(a.name, a.when) for a in aliases], fields, origin)
+    _fields_known([(f"[[row]] {i + 1}", row.when) for i, row in enumerate(rows)], fields | _SCOPE | set(DIALECT_WORDS), origin)
+    if any("{expert}" in t.name for t in tensors) and "num_experts" not in fields:
+        raise TableError("tensors of experts need the config field num_experts", file=origin)
     return Family(
         name,
         origin,
@@ -176,7 +235,31 @@ def _family(table: dict[str, Any], origin: str) -> Family:
         aliases,
         _ignores(table, origin),
         tuple(_texts(table, "keep_dtype", origin)),
+        spellings,
+        rows,
+        words,
+        {name: _text(_table(table, "refuse", origin), name, origin, "[refuse]") for name in _table(table, "refuse", origin)},
     )
+
+
+def _fields_known(expressions: Sequence[tuple[str, Expression]], fields: set[str], origin: str) -> None:
+    for where, expression in expressions:
+        if unknown := expression.names - fields:
+            raise TableError(
+                f"the field {min(unknown)!r} is not in [config]",
+                file=f"{origin} {where}",
+                actual=repr(expression.text),
+                remedy=f"Known: {', '.join(sorted(fields - {'true', 'false', 'none'}))}",
+            )
+
+
+def _extended(table: dict[str, Any], origin: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The table over those it extends, the first of them below the others."""
+    bases = table.get("extends", [])
+    merged: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        merged = _merged(merged, _base_table(base, origin, seen), origin)
+    return _merged(merged, table, origin)
 
 
 def _base_table(name: Any, origin: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -187,20 +270,34 @@ def _base_table(name: Any, origin: str, seen: tuple[str, ...] = ()) -> dict[str,
                 raise TableError("a family extends itself", file=origin, actual=repr(name))
             base = _read(path)
             _known_keys(base, _FAMILY_KEYS, str(path), "the family")
-            if parent := base.get("extends"):
-                base = _merged(_base_table(parent, str(path), (*seen, origin)), base, str(path))
-            return base
+            return _extended(base, str(path), (*seen, origin))
     raise TableError("the family it extends is not known", file=origin, actual=repr(name), remedy=f"Known: {', '.join(FAMILIES.names())}")
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any], origin: str) -> dict[str, Any]:
-    """`over` on top of `base`: config fields and tensors by name, the rest replaced."""
-    merged = {**base, **over, "config": {**_config(base, origin), **_config(over, origin)}}
-    for kind in ("tensor", "alias", "ignore"):
-        mine = _entries(over, kind, origin)
-        names = {entry.get("name") for entry in mine if kind != "ignore"}
-        merged[kind] = [entry for entry in _entries(base, kind, origin) if kind == "ignore" or entry.get("name") not in names] + mine
+    """`over` on top of `base`: fields and words by name; tensors and aliases by name, rows by what they hold in which spellings,
+    in place."""
+    merged = {**base, **over}
+    for kind in ("config", "layer", "refuse"):
+        merged[kind] = {**_table(base, kind, origin), **_table(over, kind, origin)}
+    for kind in ("tensor", "alias", "row", "ignore"):
+        mine: dict[str, list[dict[str, Any]]] = {}
+        for entry in _entries(over, kind, origin):
+            mine.setdefault(_identity(kind, entry), []).append(entry)
+        replaced, kept = set(mine), []
+        for entry in _entries(base, kind, origin):
+            at = _identity(kind, entry)
+            kept += mine.pop(at, []) if at in replaced else [entry]
+        merged[kind] = kept + [entry for own in mine.values() for entry in own]
     return merged
+
+
+def _identity(kind: str, entry: Mapping[str, Any]) -> str:
+    """What makes an entry the same in a table and in the one it extends."""
+    if kind == "row":
+        name = entry.get("name")
+        return str((entry.get("hub"), sorted(name) if isinstance(name, dict) else ""))
+    return str(entry.get("pattern" if kind == "ignore" else "name"))
 
 
 def _hub_tensor(entry: dict[str, Any], where: str) -> HubTensor:
@@ -214,7 +311,7 @@ def _hub_tensor(entry: dict[str, Any], where: str) -> HubTensor:
         tuple(parse(e, f"{where} shape") for e in entry["shape"]),
         parse(entry.get("when", "true"), f"{where} when"),
         _choice(entry.get("split", "none"), SPLITS, where, "split"),
-        _stage(stage, [name, stored], where),
+        _stage(stage, [name, stored], "{expert}" in name, where),
         stored,
     )
 
@@ -227,11 +324,11 @@ def _alias(entry: dict[str, Any], where: str, known: set[str]) -> Alias:
     return Alias(_text(entry, "name", where, "an alias"), target, parse(entry.get("when", "true"), f"{where} when"))
 
 
-def _config(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    config = table.get("config", {})
-    if not isinstance(config, dict):
-        raise TableError("[config] must be a table", file=origin, actual=config)
-    return config
+def _table(table: Mapping[str, Any], key: str, origin: str) -> dict[str, Any]:
+    found = table.get(key, {})
+    if not isinstance(found, dict):
+        raise TableError(f"[{key}] must be a table", file=origin, actual=found)
+    return found
 
 
 def _config_rule(name: str, rule: Any, where: str) -> ConfigRule:
@@ -254,8 +351,7 @@ def _dialect(table: dict[str, Any], origin: str) -> Dialect:
         _choice(table["rows"], ("family",), origin, "rows")
     else:
         rows = tuple(_row(entry, specs, f"{origin} [[row]] {i + 1}") for i, entry in enumerate(_entries(table, "row", origin)))
-        for spec in specs or ("",):
-            _unique([row.names[spec] for row in rows], origin, f"[[row]] {spec}")
+        _unique_names(rows, specs, origin)
     pad = table.get("pad_vocab")
     return Dialect(
         _text(table, "name", origin, "the dialect"),
@@ -273,7 +369,7 @@ def _row(entry: dict[str, Any], specs: tuple[str, ...], where: str) -> Row:
     _known_keys(entry, {"name", "hub", "layout", "split", "stage", "when"}, where, "a row")
     name = entry.get("name")
     names = dict.fromkeys(specs or ("",), name) if isinstance(name, str) else name
-    if not isinstance(names, dict) or set(names) != set(specs or ("",)):
+    if not isinstance(names, dict) or not names or not set(names) <= set(specs or ("",)):
         raise TableError("a row needs a name, or one per spec", file=where, expected=list(specs) or "a string", actual=name)
     hub = tuple(_texts(entry, "hub", where))
     if not hub:
@@ -282,14 +378,30 @@ def _row(entry: dict[str, Any], specs: tuple[str, ...], where: str) -> Row:
     if len(hub) > 1 and not layout:
         raise TableError("a row of several hub tensors needs a layout that joins them", file=where, actual=list(hub))
     stage = entry.get("stage", "layer" if "{layer}" in hub[0] else "first")
+    _stacked(layout, list(names.values()), hub, where)
     return Row(
         names,
         hub,
         layout,
         _choice(entry.get("split", "none"), SPLITS, where, "split"),
-        _stage(stage, [*names.values(), *hub], where),
+        _stage(stage, [*names.values(), *hub], None, where),
         parse(entry.get("when", "true"), f"{where} when"),
     )
+
+
+def _stacked(layout: Sequence[tuple[str, Any]], names: Sequence[Any], hub: Sequence[str], where: str) -> None:
+    """Hub tensors that count experts are stored under names that do, or stacked by the last operation."""
+    counted = {"{expert}" in name for name in hub}
+    if len(counted) > 1:
+        raise TableError("a row joins what every expert has with what no expert has", file=where, actual=list(hub))
+    stacks = [name for name, _ in layout].count(STACK)
+    if stacks and (stacks > 1 or layout[-1][0] != STACK or counted != {True}):
+        raise TableError(f"{STACK} is the last operation of a row of experts", file=where, actual=[name for name, _ in layout])
+    for name in names:
+        if isinstance(name, str) and ("{expert}" in name) != (counted == {True} and not stacks):
+            raise TableError(
+                "a row of experts counts {expert} in its name or ends in stack_experts, and no other row does", file=where, actual=name
+            )
 
 
 def _operation(text: str, where: str) -> tuple[str, tuple[Any, ...]]:
@@ -304,14 +416,22 @@ def _operation(text: str, where: str) -> tuple[str, tuple[Any, ...]]:
     return _choice(name.strip(), OPERATIONS, where, "operation"), tuple(arguments)
 
 
-def _stage(value: Any, names: Sequence[Any], where: str) -> str:
-    """A stage; what every layer has counts ``{layer}`` in each of its names, and nothing else does."""
+def _stage(value: Any, names: Sequence[Any], expert: bool | None, where: str) -> str:
+    """A stage; what every layer has counts ``{layer}`` in each of its names, and nothing else does.
+
+    ``{expert}`` stands in all names or in none as `expert` says; None leaves that to the caller.
+    """
     stage = _choice(value, STAGES, where, "stage")
     for name in names:
         if not isinstance(name, str) or not name:
             raise TableError("a name is a string", file=where, actual=repr(name))
-        if not name.count("{") == name.count("}") == name.count("{layer}"):
-            raise TableError("a name can count only {layer}", file=where, actual=repr(name))
+        counters = name.count("{layer}"), name.count("{expert}")
+        if not name.count("{") == name.count("}") == sum(counters):
+            raise TableError("a name can count only {layer} and {expert}", file=where, actual=repr(name))
+        if counters[1] and not counters[0]:
+            raise TableError("a name that counts {expert} counts {layer} too", file=where, actual=repr(name))
+        if expert is not None and bool(counters[1]) != expert:
+            raise TableError("what every expert has needs {expert} in each of its names, and nothing else may have it", file=where, actual=name)
         if ("{layer}" in name) != (stage == "layer"):
             raise TableError(
                 "what every layer has needs {layer} in each of its names, and nothing else may have it", file=where, actual=repr(name)
@@ -359,6 +479,15 @@ def _ignores(table: Mapping[str, Any], origin: str) -> tuple[Ignore, ...]:
     return tuple(Ignore(_text(e, "pattern", origin, "[[ignore]]"), _text(e, "reason", origin, "[[ignore]]")) for e in entries)
 
 
+def _unique_names(rows: Sequence[Row], specs: Sequence[str], origin: str) -> None:
+    """One name, one row, but for rows whose conditions differ: those of dense layers and of layers with experts."""
+    for spec in specs or ("",):
+        named = [row for row in rows if spec in row.names]
+        always = {row.names[spec] for row in named if row.when.text == ALWAYS.text}
+        _unique([row.names[spec] for row in named if row.names[spec] in always], origin, f"[[row]] {spec}")
+        _unique([f"{row.names[spec]} when {row.when.text}" for row in named], origin, f"[[row]] {spec}")
+
+
 def _unique(names: Sequence[str], where: str, what: str) -> None:
     seen: set[str] = set()
     for name in names:
@@ -369,7 +498,7 @@ def _unique(names: Sequence[str], where: str, what: str) -> None:
 
 def _builtin(folder: str, load: Callable[[str | Path], Any], registry: Registry[Any]) -> None:
     for entry in sorted((resources.files(__package__) / folder).iterdir(), key=lambda p: p.name):
-        if entry.name.endswith(".toml"):
+        if entry.name.endswith(".toml") and not entry.name.startswith("_"):  # those are parts of tables, for `extends`
             part = load(Path(str(entry)))
             registry.add(part.name, part)
 

@@ -9,11 +9,10 @@ from shardwright.planner.config import (
     ModelConfig,
     family_of,
     from_huggingface,
-    from_megatron,
     infer_family,
     to_huggingface,
-    to_megatron,
 )
+from shardwright.planner.megatron_args import from_megatron, to_megatron
 from shardwright.planner.tables import FAMILIES, load_family
 
 BASE = {
@@ -33,6 +32,8 @@ BASE = {
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 
+QWEN_EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "decoder_sparse_step": 1, "norm_topk_prob": False}
+
 CONFIGS = {
     "llama": BASE | {"model_type": "llama"},
     "llama-biased": BASE | {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -41,7 +42,14 @@ CONFIGS = {
     "mistral-open": BASE | {"model_type": "mistral", "sliding_window": None},
     "qwen2": BASE | {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": BASE | {"model_type": "qwen3", "head_dim": 4},
+    "mixtral": BASE | {"model_type": "mixtral", "num_local_experts": 16, "num_experts_per_tok": 3, "head_dim": 6, "sliding_window": None},
+    "qwen2_moe": BASE | QWEN_EXPERTS | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 64, "mlp_only_layers": [0, 3]},
+    "qwen3_moe": BASE | QWEN_EXPERTS | {"model_type": "qwen3_moe", "head_dim": 4, "norm_topk_prob": True},
 }
+
+
+def arguments_of(config: ModelConfig) -> tuple[dict, list[str]]:
+    return to_megatron(config, FAMILIES.get(config.family))
 
 
 def canonical(raw: dict) -> ModelConfig:
@@ -174,7 +182,7 @@ def test_one_key_for_two_settings(tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_megatron_args_both_ways(name):
     config = canonical(CONFIGS[name])
-    arguments, warnings = to_megatron(config)
+    arguments, warnings = arguments_of(config)
     assert warnings == []
     assert arguments["num_query_groups"] == 8 and arguments["group_query_attention"] is True
     assert arguments["untie_embeddings_and_output_weights"] is not config["tie_word_embeddings"]
@@ -183,32 +191,32 @@ def test_megatron_args_both_ways(name):
     assert all(type(back[k]) is type(config[k]) for k in config.fields)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama-3", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"])
 def test_the_family_is_told_from_the_args(name):
     config = canonical(CONFIGS[name])
-    assert from_megatron(to_megatron(config)[0], None, None, "f") == config
+    assert from_megatron(arguments_of(config)[0], None, None, "f") == config
 
 
 def test_args_that_fit_no_family():
     config = canonical(CONFIGS["llama-biased"])
     with pytest.raises(ConfigError, match=r"cannot be told from the args.*--family"):
-        from_megatron(to_megatron(config)[0], None, None, "f")
+        from_megatron(arguments_of(config)[0], None, None, "f")
     with pytest.raises(ConfigError, match="cannot be told"):
         infer_family({"qkv_bias": True, "attention_out_bias": True, "qk_norm": False}, "f")
 
 
 def test_args_by_hand():
-    arguments, _ = to_megatron(canonical(CONFIGS["llama-3"]))
+    arguments, _ = arguments_of(canonical(CONFIGS["llama-3"]))
     assert arguments["use_rope_scaling"] is True and arguments["rope_scaling_factor"] == 8.0 and arguments["kv_channels"] == 8
-    arguments, _ = to_megatron(canonical(CONFIGS["mistral"]))
+    arguments, _ = arguments_of(canonical(CONFIGS["mistral"]))
     assert arguments["window_size"] == (63, 0) and arguments["add_bias_linear"] is False and arguments["add_qkv_bias"] is False
-    arguments, _ = to_megatron(canonical(CONFIGS["qwen2"]))
+    arguments, _ = arguments_of(canonical(CONFIGS["qwen2"]))
     assert arguments["add_qkv_bias"] is True and arguments["add_bias_linear"] is False
-    arguments, _ = to_megatron(canonical(CONFIGS["llama-biased"]))
+    arguments, _ = arguments_of(canonical(CONFIGS["llama-biased"]))
     assert arguments["add_bias_linear"] is True
-    arguments, _ = to_megatron(canonical(CONFIGS["llama"] | {"rope_scaling": LINEAR}))
+    arguments, _ = arguments_of(canonical(CONFIGS["llama"] | {"rope_scaling": LINEAR}))
     assert arguments["rotary_seq_len_interpolation_factor"] == 4
-    mha, _ = to_megatron(canonical(CONFIGS["llama"] | {"num_key_value_heads": 24}))
+    mha, _ = arguments_of(canonical(CONFIGS["llama"] | {"num_key_value_heads": 24}))
     assert mha["group_query_attention"] is False
     assert from_megatron(mha | {"num_query_groups": None}, None, None, "f")["num_key_value_heads"] == 24
     assert from_megatron(mha | {"num_query_groups": 1}, None, None, "f")["num_key_value_heads"] == 24, "Megatron's default without GQA is 1"
@@ -224,14 +232,14 @@ def test_args_by_hand():
 )
 def test_what_megatron_cannot_build_is_refused(change):
     with pytest.raises(UnsupportedError, match=r"SwiGLU|add_bias_linear"):
-        to_megatron(canonical(CONFIGS["llama"] | change))
+        arguments_of(canonical(CONFIGS["llama"] | change))
 
 
 @pytest.mark.parametrize(
     "scaling", [{"rope_type": "yarn", "factor": 4.0}, {"rope_type": "linear", "factor": 2.5}, {**LLAMA3, "high_freq_factor": 2.0}]
 )
 def test_a_scaling_that_args_cannot_say_is_a_warning(scaling):
-    arguments, warnings = to_megatron(canonical(CONFIGS["llama"] | {"rope_scaling": scaling}))
+    arguments, warnings = arguments_of(canonical(CONFIGS["llama"] | {"rope_scaling": scaling}))
     assert len(warnings) == 1 and "cannot express" in warnings[0] and str(scaling["factor"]) in warnings[0]
     assert arguments["use_rope_scaling"] is False
 
@@ -258,18 +266,18 @@ def test_a_scaling_that_args_cannot_say_is_a_warning(scaling):
     ],
 )
 def test_args_that_no_family_describes_are_refused(change, error, message):
-    arguments, _ = to_megatron(canonical(CONFIGS["llama"]))
+    arguments, _ = arguments_of(canonical(CONFIGS["llama"]))
     with pytest.raises(error, match=message):
         from_megatron(arguments | change, FAMILIES.get("llama"), None, "release/mp_rank_00/model_optim_rng.pt")
 
 
 @pytest.mark.parametrize(("size", "window"), [(None, None), ((63, 0), 64), ([63, 0], 64), ((-1, -1), None), ((-1, 0), None)])
 def test_windows_of_attention(size, window):
-    arguments, _ = to_megatron(canonical(CONFIGS["mistral"]))
+    arguments, _ = arguments_of(canonical(CONFIGS["mistral"]))
     assert from_megatron(arguments | {"window_size": size}, FAMILIES.get("mistral"), None, "f")["sliding_window"] == window
 
 
 def test_the_users_vocabulary_size_counts():
-    arguments, _ = to_megatron(canonical(CONFIGS["llama"]))
+    arguments, _ = arguments_of(canonical(CONFIGS["llama"]))
     assert from_megatron(arguments | {"vocab_size": None}, None, 131, "f")["vocab_size"] == 131
     assert from_megatron(arguments, None, 100, "f")["vocab_size"] == 100

@@ -180,7 +180,7 @@ class ByLayer:
             for tp, rank in enumerate(holders):
                 path = f"rank-{rank}/{group}{suffix}"
                 ranks[rank].append(path)
-                units.append(Unit(path, tuple(members), specs, tp=tp))
+                units.append(Unit(path, tuple(members), specs, place=tp))
         marker = {
             "ranks": ranks, "layout": target.layout.to_json(), "dialect": target.dialect.name, "spec": target.spec,
             "padded_vocab": target.padded_vocab, "container": target.container,

@@ -124,7 +124,8 @@ class Target:
 class Unit:
     """One container file or folder: its path, its tensors as positions in `Target.wanted` with their keys, its objects.
 
-    `tp` is the unit's rank as a place in the `ranks` of its tensors.
+    `place` is the unit's rank among those of its pipeline stage, tp fastest: its place in the `ranks` of tensors that the whole
+    stage holds.
     """
 
     path: str
@@ -132,7 +133,7 @@ class Unit:
     tensors: tuple[TensorSpec, ...]
     objects: Mapping[str, Any] | None = None
     metadata: Mapping[str, Any] | None = None
-    tp: int = 0
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True)

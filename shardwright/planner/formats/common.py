@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ...errors import CheckpointError, ConfigError, UnsupportedError
@@ -13,10 +14,10 @@ from ..containers.base import ContainerIndex
 from ..identity import named_in, read_object
 from ..schemes import SCHEMES, Scheme
 from ..store import Store
-from ..tables import FAMILIES, Family
+from ..tables import FAMILIES, Dialect, Family, specs_of
 from .base import Hints, Target
 
-__all__ = ["carried", "config_bytes", "read_unit", "scheme_of", "settle"]
+__all__ = ["carried", "config_bytes", "missing_config", "read_unit", "scheme_of", "settle", "stages", "told_spec"]
 
 
 def read_unit(store: Store, container: str, path: str) -> ContainerIndex:
@@ -84,6 +85,28 @@ def scheme_of(raw: Mapping[str, Any] | None, file: str) -> Scheme | None:
     raise UnsupportedError("the checkpoint is quantised in a way that no scheme here reads", file=file, actual=config.get("quant_method"))
 
 
+_CHUNK = re.compile(r"model\d+\.")
+_NUMBER = re.compile(r"\d+")
+
+
+def told_spec(dialect: Dialect, family: Family, names: Iterable[str]) -> str:
+    """The variant of the dialect's names that explains most of these; the default among equals."""
+    specs = specs_of(dialect, family)
+    if len(specs) == 1:
+        return specs[0]
+    counted = {_NUMBER.sub("#", _CHUNK.sub("", name, count=1) if name.startswith("model") else name) for name in names}
+    return max(specs, key=lambda spec: len(counted & {_NUMBER.sub("#", name) for name in _open_names(dialect, family, spec)}))
+
+
+def _open_names(dialect: Dialect, family: Family, spec: str) -> Iterator[str]:
+    """Stored names of a variant, ``#`` for each counter."""
+    rows = family.rows if dialect.rows is None else dialect.rows
+    fused = {name for row in rows if spec in row.names for name in row.hub}
+    own = [t.stored for t in family.tensors if t.name not in fused] if dialect.rows is None else []
+    for name in (*(row.names[spec] for row in rows if spec in row.names), *own):
+        yield name.replace("{layer}", "#").replace("{expert}", "#")
+
+
 def missing_config(store: Store, what: str) -> CheckpointError:
     """The refusal of a checkpoint that nothing describes."""
     return CheckpointError(
@@ -99,12 +122,18 @@ def config_bytes(config: Mapping[str, Any]) -> bytes:
 
 
 def stages(target: Target) -> dict[tuple[int, ...], list[int]]:
-    """The tp ranks of every stage, with the positions in `Target.wanted` of the tensors that each of them holds."""
+    """The tp ranks of every (stage, ep rank), with the positions in `Target.wanted` of the tensors that each of them holds."""
     layout = target.layout
-    groups = [tuple(layout.rank(tp, pp, ep) for tp in range(layout.tp)) for pp in range(layout.pp) for ep in range(layout.ep)]
-    found: dict[tuple[int, ...], list[int]] = {ranks: [] for ranks in groups}
+    held: dict[tuple[int, ...], list[int]] = {}
     for i, wanted in enumerate(target.wanted):
-        found[wanted.ranks].append(i)
+        held.setdefault(wanted.ranks, []).append(i)
+    found = {}
+    for pp in range(layout.pp):
+        everywhere = layout.stage_ranks(pp)
+        for ep in range(layout.ep):
+            ranks = layout.stage_ranks(pp, ep)
+            own = held.get(ranks, []) if ranks != everywhere else []
+            found[ranks] = sorted([*held.get(everywhere, []), *own])
     return found
 
 

@@ -28,7 +28,7 @@ from ..store import Store
 from ..tables import DIALECTS
 from ..tensor.dtypes import dtype as dtype_of
 from .base import Filing, Hints, Source, Target, Unit, companions
-from .common import carried, missing_config, read_unit, scheme_of, settle
+from .common import carried, missing_config, read_unit, scheme_of, settle, told_spec
 
 __all__ = ["HuggingFace"]
 
@@ -63,7 +63,7 @@ class HuggingFace:
             store,
             self.name,
             DIALECTS.get("huggingface"),
-            "",
+            told_spec(DIALECTS.get("huggingface"), family, tensors),
             container,
             Layout(),
             family,

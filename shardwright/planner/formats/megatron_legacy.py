@@ -17,18 +17,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...errors import CheckpointError, ConfigError, UnsupportedError
-from ..config import ModelConfig, from_megatron, to_megatron
+from ..config import ModelConfig
 from ..containers.base import StoredTensor, TensorSpec
 from ..containers.torch_zip import Namespace, TensorRef, TorchDtype
 from ..identity import read_identity
 from ..layout import Layout
+from ..megatron_args import from_megatron, to_megatron
 from ..passes.sides import check_units
 from ..plan import Dropped
 from ..store import Store
 from ..tables import DIALECTS, FAMILIES, Dialect, Family
 from .base import Filing, Hints, Source, Target, Unit, companions
-from .common import carried, missing_config, read_unit, settle, stages
-from .ranks import best_spec
+from .common import carried, missing_config, read_unit, settle, stages, told_spec
 
 __all__ = ["MegatronLegacy"]
 
@@ -60,9 +60,9 @@ class MegatronLegacy:
         names = {name for unit in units.values() for name in unit}
         dialect = _dialect(names, first.objects, next(iter(paths.values())))
         check_units(units, layout, dialect, self.name)
-        spec = best_spec(dialect, names)
-        padded = _padded(units, dialect, spec, layout)
         family, config, raw, warnings = _config(store, hints, identity, fields, next(iter(paths.values())))
+        spec = told_spec(dialect, family, names)
+        padded = _padded(units, dialect, spec, layout)
         return Source(
             store,
             self.name,
@@ -85,12 +85,16 @@ class MegatronLegacy:
 
     def file(self, target: Target) -> Filing:
         arguments, warnings = _arguments(target)
-        units = [unit for ranks, positions in stages(target).items() for unit in self._units(target, ranks, tuple(positions), arguments)]
+        units: list[Unit] = []
+        for ranks, positions in stages(target).items():
+            units += self._units(target, ranks, tuple(positions), arguments, units[-1] if units else None)
         files, copies = carried(target, "hf/")
         return Filing(tuple(units), ((TRACKER, b"release"), *files), copies, tuple(warnings))
 
-    def _units(self, target: Target, ranks: tuple[int, ...], positions: tuple[int, ...], arguments: Mapping[str, Any]) -> list[Unit]:
-        """The files of one stage's tp ranks, which differ in nothing but their paths and data."""
+    def _units(
+        self, target: Target, ranks: tuple[int, ...], positions: tuple[int, ...], arguments: Mapping[str, Any], before: Unit | None
+    ) -> list[Unit]:
+        """The files of tp ranks that hold the same layers and experts: they differ in nothing but their paths and data."""
         virtual = target.layout.vpp > 1
         models: dict[str, dict[str, TensorRef]] = {f"model{v}" if virtual else "model": {} for v in range(target.layout.vpp)}
         tensors = []
@@ -99,9 +103,12 @@ class MegatronLegacy:
             key = f"model{wanted.chunk}" if virtual else "model"
             models[key][wanted.name] = TensorRef(f"{key}.{wanted.name}")
             tensors.append(TensorSpec(f"{key}.{wanted.name}", wanted.dtype, wanted.shape))
-        objects = {"args": Namespace(dict(arguments)), "checkpoint_version": 3.0, "iteration": 0, **models}
-        specs, paths = tuple(tensors), [f"release/{_folder(target.layout, rank)}/model_optim_rng.pt" for rank in ranks]
-        return [Unit(path, positions, specs, objects, tp=tp) for tp, path in enumerate(paths)]
+        objects: Mapping[str, Any] = {"args": Namespace(dict(arguments)), "checkpoint_version": 3.0, "iteration": 0, **models}
+        specs = tuple(tensors)
+        if before is not None and before.objects is not None and specs == before.tensors:
+            specs, objects = before.tensors, before.objects  # one object for alike ranks: they are laid out once
+        paths = [(target.layout.place_in_stage(rank), f"release/{_folder(target.layout, rank)}/model_optim_rng.pt") for rank in ranks]
+        return [Unit(path, positions, specs, objects, place=place) for place, path in paths]
 
 
 def _folder(layout: Layout, rank: int) -> str:
@@ -158,6 +165,12 @@ def _layout_of(arguments: Mapping[str, Any], objects: Mapping[str, Any], file: s
         return value or 1
 
     tp, pp, ep = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size"), size("expert_model_parallel_size")
+    etp = size("expert_tensor_parallel_size") if arguments.get("expert_tensor_parallel_size") is not None else tp
+    if etp != tp and arguments.get("num_experts") is not None:
+        raise UnsupportedError(
+            "Megatron's torch format does not say which part of its experts a rank's file holds where etp is not tp", file=file,
+            expected=f"etp {tp}", actual=f"etp {etp}",
+        )  # fmt: skip
     chunks = len([key for key in objects if _MODEL.match(str(key)) and key != "model"])
     return Layout(tp=tp, pp=pp, vpp=chunks or 1, ep=ep, stages=_stages(arguments, pp, chunks or 1, file))
 
@@ -266,7 +279,7 @@ def _config(
 def _arguments(target: Target) -> tuple[dict[str, Any], list[str]]:
     """Everything that Megatron reads back from ``args``."""
     layout = target.layout
-    model, warnings = to_megatron(target.config)
+    model, warnings = to_megatron(target.config, target.family)
     padded = target.padded_vocab or target.config["vocab_size"]
     if padded % layout.tp:
         raise ConfigError("the padded vocabulary does not divide by tp", expected=f"a multiple of {layout.tp}", actual=padded)
@@ -289,7 +302,8 @@ def _arguments(target: Target) -> tuple[dict[str, Any], list[str]]:
         "params_dtype": TorchDtype(target.dtype),
         "bf16": target.dtype == "bfloat16",
         "fp16": target.dtype == "float16",
-        "transformer_impl": "transformer_engine" if target.spec == "te" else "local",
+        "transformer_impl": "local" if target.spec == "local" else "transformer_engine",
+        "moe_grouped_gemm": model["num_experts"] is not None and target.spec == "te",
         "use_mcore_models": True,
         "ckpt_format": "torch",
         "consumed_train_samples": 0,

@@ -22,7 +22,7 @@ from ..passes.sides import check_units
 from ..store import Store
 from ..tables import DIALECTS, Dialect
 from .base import Filing, Hints, Source, Target, Unit, companions
-from .common import carried, missing_config, read_unit, scheme_of, settle, stages
+from .common import carried, missing_config, read_unit, scheme_of, settle, stages, told_spec
 
 __all__ = ["Ranks"]
 
@@ -73,7 +73,7 @@ class Ranks:
             store,
             self.name,
             dialect,
-            _spec(dialect, by_rank),
+            told_spec(dialect, family, {name for unit in by_rank.values() for name in unit}),
             container,
             layout,
             family,
@@ -92,11 +92,13 @@ class Ranks:
         suffix = CONTAINERS.get(target.container).suffix
         metadata = {"format": "pt"} if target.container in ("safetensors", "zarr") else None
         units = []
+        before: tuple[TensorSpec, ...] = ()
         for ranks, positions in stages(target).items():
             chosen, members = [target.wanted[i] for i in positions], tuple(positions)
             tensors = tuple([TensorSpec(f"model{w.chunk}.{w.name}" if prefixed else w.name, w.dtype, w.shape) for w in chosen])
-            paths = [_stem(target.layout, rank) + suffix for rank in ranks]
-            units += [Unit(path, members, tensors, metadata=metadata, tp=tp) for tp, path in enumerate(paths)]
+            before = tensors = before if tensors == before else tensors  # one object for alike ranks: they are laid out once
+            paths = [(target.layout.place_in_stage(rank), _stem(target.layout, rank) + suffix) for rank in ranks]
+            units += [Unit(path, members, tensors, metadata=metadata, place=place) for place, path in paths]
         files, copies = carried(target, "hf/")
         return Filing(tuple(units), files, copies)
 
@@ -147,19 +149,6 @@ def _layout(paths: Mapping[int, str]) -> Layout:
 def _dialect(by_rank: Mapping[int, Mapping[str, StoredTensor]]) -> Dialect:
     megatron = any(name.startswith("decoder.") or _CHUNK.match(name) for unit in by_rank.values() for name in unit)
     return DIALECTS.get("megatron" if megatron else "huggingface")
-
-
-def _spec(dialect: Dialect, by_rank: Mapping[int, Mapping[str, StoredTensor]]) -> str:
-    """The name variant: the one whose fixed names occur most."""
-    return best_spec(dialect, {name for unit in by_rank.values() for name in unit})
-
-
-def best_spec(dialect: Dialect, names: set[str]) -> str:
-    """The spec of a dialect that explains most of the names of layer 0 (of any chunk)."""
-    if not dialect.specs or dialect.rows is None:
-        return ""
-    plain = {match[2] if (match := _CHUNK.match(name)) else name for name in names}
-    return max(dialect.specs, key=lambda spec: sum(row.names[spec].replace("{layer}", "0") in plain for row in dialect.rows or ()))
 
 
 def _units(

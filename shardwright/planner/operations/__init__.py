@@ -1,7 +1,7 @@
 """Layout operations: how a stored tensor is made of hub tensors. One file and one registration each.
 
 An operation is a function ``(parts, fields) -> LazyTensor``: the hub tensors of a row, in the row's order, and the
-canonical config's fields with the layout's (``tp``, ``padded_vocab_size``). It is a bijection of elements up to fill, so
+canonical config's fields with the layout's (``tp``, which is etp for experts, and ``padded_vocab_size``). It is a bijection of elements up to fill, so
 reading and writing use the same pieces. Rows name operations with literal arguments: ``"transpose"``, ``"pad(0, 128)"``.
 """
 
@@ -13,7 +13,10 @@ from ..registry import Registry
 from ..tensor.lazy import LazyTensor
 from .gate_up import gate_up
 from .grouped_qkv import grouped_qkv
+from .interleave import interleave
+from .packed import packed
 from .pad_vocab import pad_vocab
+from .stack_experts import stack_experts
 from .transpose import transpose
 
 __all__ = ["OPERATIONS", "Operation"]
@@ -24,5 +27,8 @@ Operation = Callable[..., LazyTensor]
 OPERATIONS: Registry[Operation] = Registry("operation")
 OPERATIONS.add("gate_up", gate_up)
 OPERATIONS.add("grouped_qkv", grouped_qkv)
+OPERATIONS.add("interleave", interleave)
+OPERATIONS.add("packed", packed)
 OPERATIONS.add("pad_vocab", pad_vocab)
+OPERATIONS.add("stack_experts", stack_experts)
 OPERATIONS.add("transpose", transpose)

@@ -155,11 +155,18 @@ def _lay_out(filing: Filing, words: Words, wanted: TargetSide) -> tuple[list[Tar
         numbers = [len(files) + at.file for at in laid.places]
         offsets = [at.offset for at in laid.places]
         files += [TargetFile(f.path, f.nbytes, f.static, f.crcs) for f in laid.files]
-        place(wanted, unit.members, unit.tp, numbers, offsets, [at.grain for at in laid.places])
-        rank = wanted.wanted[unit.members[0]].ranks[unit.tp] if unit.members else 0
+        place(wanted, unit.members, unit.place, numbers, offsets, [at.grain for at in laid.places])
+        rank = _rank_of(unit, wanted)
         entries += [TensorEntry(t.name, rank, t.dtype, t.shape, n, o) for t, n, o in zip(unit.tensors, numbers, offsets, strict=True)]
     files += [TargetFile(path, len(data), ((0, data),) if data else ()) for path, data in filing.files]
     return files, entries
+
+
+def _rank_of(unit: Unit, wanted: TargetSide) -> int:
+    if not unit.members:
+        return 0
+    ranks = wanted.wanted[unit.members[0]].ranks
+    return ranks[unit.place % len(ranks)]
 
 
 def _like(before: tuple[Unit, UnitLayout] | None, unit: Unit, container: Container) -> UnitLayout | None:

@@ -54,9 +54,10 @@ def locate(source: Source, request: Request, target: Source) -> Located:
             entries.append(TensorEntry(w.name, rank, w.dtype, w.shape, number[stored.file], stored.offset))
             return number[stored.file], stored.offset
 
-        for tp in range(request.layout.tp):
-            places = [where(w, w.ranks[tp]) for w in wanted.wanted]
-            place(wanted, range(len(places)), tp, [file for file, _ in places], [offset for _, offset in places])
+        for at in range(max((len(w.ranks) for w in wanted.wanted), default=0)):
+            members = [i for i, w in enumerate(wanted.wanted) if len(w.ranks) > at]
+            places = [where(w, w.ranks[at]) for w in map(wanted.wanted.__getitem__, members)]
+            place(wanted, members, at, [file for file, _ in places], [offset for _, offset in places])
         extra = [
             f"{name}@{rank}"
             for (rank, chunk), unit in target.units.items()
@@ -72,7 +73,7 @@ def _as_stored(target: Source) -> Cast:
     """Whatever dtype an existing target stores a row in; a quantised row goes in as it is."""
 
     def cast(row: RowInstance, name: str, before: str) -> str:
-        stored = target.units.get((target.layout.rank(pp=row.pp), row.chunk), {}).get(row.name)
+        stored = target.units.get((target.layout.rank(pp=row.pp, ep=row.ep or 0), row.chunk), {}).get(row.name)
         taken = target.scheme is not None and stored is not None and target.scheme.takes(name, stored.shape, before)
         return before if stored is None or taken or dtype_of(stored.dtype).kind != "float" else stored.dtype
 

@@ -235,7 +235,7 @@ class _Lowering:
                 _, cut, slot = shards[j]
                 width = _width(bound)
                 for operand in range(j * width, (j + 1) * width):
-                    shard = cut[(operand - j * width) // bound.outputs[j].split.repeat]
+                    shard = cut[bound.outputs[j].split.shard_of(operand - j * width)]
                     scatter += [_swap(p, base + operand) for p in shard.pieces if p.slot == slot]
                     zeros += [_region(p, base + operand) for p in shard.pieces if p.slot == FILL and slot == 0]
                 base += width * len(bound.outputs)
@@ -272,14 +272,14 @@ def _columns(bounds: Sequence[Bound], numbers: Sequence[int], rows: Sequence[int
 
 def gather_row(bound: Bound, shards: Sequence[LazyTensor], slot: int, shape: Shape, base: int) -> _Gathered:
     """Hub (or whole) tensor `slot` of a source row as pieces over operands ``base …``, with its copies and its padding."""
-    repeat = bound.row.split.repeat
-    covers: list[list[Piece]] = [[] for _ in range(repeat)]
+    split = bound.row.split
+    covers: list[list[Piece]] = [[] for _ in range(split.repeat * split.cycles)]
     padding = []
-    for operand in range(len(shards) * repeat):
-        shard = shards[operand // repeat]
+    for operand in range(split.width):
+        shard = shards[split.shard_of(operand)]
         strides = bound.strides[operand] if bound.strides else None
         stored = shard.pieces if strides is None else _strided(shard, strides)
-        covers[operand % repeat] += [_swap(p, base + operand) for p in stored if p.slot == slot]
+        covers[split.copy_of(operand)] += [_swap(p, base + operand) for p in stored if p.slot == slot]
         padding += [_region(p, base + operand) for p in stored if p.slot == FILL]
     return _Gathered(LazyTensor(shape, coalesce(covers[0])), [coalesce(c) for c in covers[1:]], padding)
 
@@ -313,9 +313,8 @@ def _sorted(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
 
 
 def _width(bound: Bound) -> int:
-    """Operands per output: tp ranks."""
-    split = bound.row.split
-    return split.parts * split.repeat
+    """Operands per output: the ranks that hold it."""
+    return bound.row.split.width
 
 
 def _nth(replicas: Sequence[tuple[Piece, ...]], index: int) -> tuple[Piece, ...]:

@@ -17,7 +17,7 @@ from ..formats import FORMATS
 from ..formats.base import Source
 from ..layout import Layout
 from ..schemes import SCHEMES, Scheme
-from ..tables import DIALECTS, Dialect, Family
+from ..tables import DIALECTS, Dialect, Family, specs_of
 from ..tensor.dtypes import dtype as dtype_of
 from .rows import RowInstance, scope
 
@@ -87,7 +87,7 @@ def settle_words(source: Source, request: Request) -> Words:
         raise UsageError(f"{request.to} holds one rank", actual=f"{request.layout.ranks} ranks", remedy="For rank files use --to ranks")
     dialect = DIALECTS.get(_one_of(request.dialect, target.dialects, f"{request.to} has no dialect"))
     container = _one_of(request.container, target.containers, f"{request.to} has no container")
-    spec = _one_of(request.spec, dialect.specs or ("",), f"dialect {dialect.name} has no spec")
+    spec = _one_of(request.spec, specs_of(dialect, source.family), f"dialect {dialect.name} has no spec")
     if source.scheme is not None:
         raise UsageError(
             "a quantised source can only be verified, not converted", actual=source.scheme.name, remedy="Convert the original weights"

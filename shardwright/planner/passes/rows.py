@@ -1,28 +1,32 @@
 """From tables to rows: which stored tensors a dialect has for one model at one layout, and what each is made of.
 
-1. Hub tensors: every tensor of the family whose condition holds, with its shape, per layer.
-2. For each row of the dialect (or each hub tensor, for a dialect that spells hub tensors one by one) and each layer:
-   resolve aliases, evaluate the condition, take the hub shapes. Layers with equal shapes share a `RowClass`, which is
-   lowered once: the operations applied to leaves, the split, the shards. Where no condition and no shape looks at the
-   layer, all this is decided for the first one, and the others only get their names.
-3. Every hub tensor must lie in exactly one row that is no alias; otherwise the dialect cannot hold the family.
+1. Hub tensors: every tensor of the family whose condition holds, with its shape, per layer, and per expert where its name
+   counts them (expert by expert).
+2. Layers are sorted into kinds: layers for which every condition and shape that looks at the layer gives the same. For the
+   first layer of each kind, each row of the dialect (or of the family, and each hub tensor that none of those holds, for a
+   dialect that spells as its family does) is decided: its condition, its hub tensors, its `RowClass`, which is lowered once:
+   the operations applied to leaves, the split, the shards. The other layers, and all experts, only get their names.
+3. Experts are dealt to expert-parallel ranks in order. A row of theirs is lowered for one expert, or for the stack that one
+   rank holds, with etp in the place of tp.
+4. Every hub tensor must lie in exactly one row that is no alias; otherwise the dialect cannot hold the family.
 
 Boundary: pure; knows no file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
-from ...errors import ConfigError, TableError, UnsupportedError
-from ..config import ModelConfig
+from ...errors import ConfigError, LayoutError, TableError, UnsupportedError
+from ..config import ModelConfig, layer_scope
 from ..expressions import Expression, parse
 from ..layout import SPLITS, Layout, Place, Split
 from ..operations import OPERATIONS
-from ..tables import ALWAYS, Dialect, Family, HubTensor, Row
+from ..tables import ALWAYS, DIALECT_WORDS, Dialect, Family, HubTensor, Row
 from ..tensor.lazy import LazyTensor, leaf
 
 __all__ = ["Expansion", "RowClass", "RowInstance", "apply_split", "expand", "hub_tensors", "scope"]
@@ -38,15 +42,15 @@ class RowClass:
     Attributes
     ----------
     label
-        The stored name with its counter open.
+        The stored name with its counters open.
     hub
-        Hub names with their counters open; aliases resolved.
+        Hub names with their counters open; aliases resolved. In a stack, those of one rank's experts, counted from 0.
     shapes
         Of the hub tensors.
     whole
         The stored tensor before rank cuts, over hub slots.
     split
-        Its partition over tp ranks.
+        Its partition over the ranks that hold it.
     shards
         One lazy tensor per part, over hub slots.
     build
@@ -64,18 +68,16 @@ class RowClass:
     build: Callable[[Sequence[LazyTensor]], LazyTensor]
     alias: bool
 
-    def shard_of(self, tp: int) -> int:
-        """Which shard tensor-parallel rank `tp` holds."""
-        return tp // self.split.repeat
-
 
 class RowInstance(NamedTuple):
-    """One stored tensor (of every tp rank): its class, key, hub names, and pipeline place."""
+    """One stored tensor (of every rank that holds it): its class, key, hub names, pipeline stage, expert-parallel rank (None:
+    all of them hold it), and virtual chunk."""
 
     row: int
     name: str
     hub: tuple[str, ...]
     pp: int
+    ep: int | None
     chunk: int
 
 
@@ -88,35 +90,42 @@ class Expansion:
 
 
 def scope(config: ModelConfig, layout: Layout, padded_vocab: int | None) -> dict[str, Any]:
-    """What expressions and operations may see: config fields, parallel sizes, the padded vocabulary."""
+    """What expressions and operations may see: config fields, parallel sizes, the padded vocabulary, the family's name."""
     vocab = padded_vocab if padded_vocab is not None else config.fields.get("vocab_size")
-    return {**config.fields, "tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "ep": layout.ep, "padded_vocab_size": vocab}
+    sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "ep": layout.ep}
+    return {**DIALECT_WORDS, **config.fields, "family": config.family, **sizes, "padded_vocab_size": vocab}
 
 
 def hub_tensors(family: Family, config: ModelConfig) -> dict[str, Shape]:
     """Every hub tensor of the model: name → shape, in the family's order (first, layers, last)."""
     found: dict[str, Shape] = {}
-    fields = config.fields
     for stage in ("first", "layer", "last"):
-        entries = [(t, _constant_shape(t, fields)) for t in family.tensors if t.stage == stage]
-        for layer in range(fields["num_hidden_layers"]) if stage == "layer" else (-1,):
-            number = str(layer)
-            for tensor, constant in entries:
-                shape = constant if constant != () else _shape_in_layer(tensor, {**fields, "layer": layer})
-                if shape is not None:
-                    found[tensor.name.replace("{layer}", number)] = shape
+        for layer in range(config["num_hidden_layers"]) if stage == "layer" else (-1,):
+            fields = layer_scope(family, config.fields, layer) if stage == "layer" else config.fields
+            shapes = _shapes(family, stage, fields)
+            number, experts = str(layer), range(config.fields.get("num_experts", 0))
+            for expert, name in _in_order(shapes, experts):
+                found[name.replace("{layer}", number).replace("{expert}", str(expert))] = shapes[name]
     return found
 
 
-def _constant_shape(tensor: HubTensor, fields: Mapping[str, Any]) -> Shape | None:
-    """The tensor's shape if it is the same in every layer (None: absent in every layer), else ``()``."""
-    if "layer" in tensor.when.names.union(*(e.names for e in tensor.shape)):
-        return ()
-    return _shape_in_layer(tensor, fields)
+def _shapes(family: Family, stage: str, fields: Mapping[str, Any]) -> dict[str, Shape]:
+    """Open names and shapes of the tensors that exist in one layer, or on the first or last stage."""
+    tensors = [t for t in family.tensors if t.stage == stage and (fields.get("num_experts", 0) or not _counts_experts(t.name))]
+    return {t.name: _shape(t.shape, fields, t.name) for t in tensors if t.when(fields)}
 
 
-def _shape_in_layer(tensor: HubTensor, fields: Mapping[str, Any]) -> Shape | None:
-    return _shape(tensor.shape, fields, tensor.name) if tensor.when(fields) else None
+def _in_order(names: Iterable[str], experts: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """(expert, open name): neighbours that count experts are gone through expert by expert; the others have expert -1."""
+    for counted, group in groupby(names, _counts_experts):
+        members = list(group)
+        for expert in experts if counted else (-1,):
+            for name in members:
+                yield expert, name
+
+
+def _counts_experts(name: str) -> bool:
+    return "{expert}" in name
 
 
 def _shape(extents: tuple[Expression, ...], fields: Mapping[str, Any], name: str) -> Shape:
@@ -145,12 +154,43 @@ def expand(
     Raises
     ------
     LayoutError
-        Heads, rows or layers do not divide.
+        Heads, rows, experts or layers do not divide.
     UnsupportedError
-        The dialect has no row for a hub tensor of the family.
+        The dialect has no row for a hub tensor of the family, or the family's table refuses it.
     """
+    if reason := family.refuse.get(dialect.name):
+        raise UnsupportedError(f"dialect {dialect.name!r} cannot hold family {family.name!r}: {reason}")
+    experts = config.fields.get("num_experts", 0)
+    if layout.ep > 1 and (not experts or experts % layout.ep):
+        raise LayoutError(
+            f"ep {layout.ep} does not divide the experts" if experts else "ep needs experts, and this model has none",
+            expected=f"a divisor of {experts}" if experts else "ep 1",
+            actual=f"ep {layout.ep}",
+        )
     found = hub_tensors(family, config) if hub is None else hub
     return _Expander(family, config, dialect, spec, layout, padded_vocab, found, reading).run()
+
+
+class _Decision(NamedTuple):
+    """A row in the layers of one kind: its number, its class, the stored name (open), and its hub tensors as positions among
+    the layer's open names; for an alias, the hub name itself."""
+
+    row: int
+    cls: int
+    stored: str
+    members: tuple[int, ...]
+    experts: str
+    alias: str | None
+
+
+class _Kind(NamedTuple):
+    """What layers of one kind hold: each open name's first position among the layer's hub tensors and the step from expert to
+    expert, the number of those tensors, and the rows."""
+
+    at: tuple[int, ...]
+    step: tuple[int, ...]
+    width: int
+    decisions: tuple[_Decision, ...]
 
 
 class _Expander:
@@ -170,115 +210,185 @@ class _Expander:
         self.family, self.dialect, self.spec, self.layout, self.reading = family, dialect, spec, layout, reading
         self.fields = scope(config, layout, padded_vocab)
         self.hub = hub
+        self.experts: int = self.fields["num_experts"]
         self.places = layout.places(config.fields["num_hidden_layers"])
         self.aliases = {a.name: a.of for a in family.aliases if a.when(config.fields)}
         self.classes: list[RowClass] = []
         self.instances: list[RowInstance] = []
-        self.known: dict[tuple[int, tuple[Shape, ...]], int] = {}
-        self.held: set[str] = set()
+        self.known: dict[tuple[int, tuple[Shape, ...], bool], int] = {}
+        self.rows, self.fallback = self._rows()
 
     def run(self) -> Expansion:
-        rows = list(enumerate(self.dialect.rows if self.dialect.rows is not None else _family_rows(self.family, self.aliases)))
-        last = Place(self.layout.pp - 1, self.layout.vpp - 1, 0)
-        self._stage([(i, r) for i, r in rows if r.stage == "first"], -1, Place(0, 0, 0))
-        layer_rows = [(i, r) for i, r in rows if r.stage == "layer"]
-        alike = self._layers_are_alike([row for _, row in layer_rows])
-        for layer, place in enumerate(self.places[:1] if alike else self.places):
-            self._stage(layer_rows, layer, place)
-        if alike:
-            self._repeat(layer_rows)
-        self._stage([(i, r) for i, r in rows if r.stage == "last"], -1, last)
-        for name in self.hub:
-            if name not in self.held:
-                raise UnsupportedError(
-                    f"dialect {self.dialect.name!r} has no row for this tensor of family {self.family.name!r}", tensor=name
-                )
+        self._ends("first", Place(0, 0, 0))
+        self._layers()
+        self._ends("last", Place(self.layout.pp - 1, self.layout.vpp - 1, 0))
         return Expansion(tuple(self.classes), tuple(self.instances))
 
-    def _layers_are_alike(self, rows: Iterable[Row]) -> bool:
-        """Whether what is decided for one layer holds for all: nothing looks at the layer's number but names do."""
-        tensors = [t for t in self.family.tensors if t.stage == "layer"]
-        expressions = [e for t in tensors for e in (t.when, *t.shape)] + [row.when for row in rows]
-        names = [t.name for t in tensors] + [name for row in rows for name in row.hub]
-        heads = [name.partition("{layer}")[0] for name in names]
-        return (
-            not any("layer" in e.names for e in expressions)
-            and all("{layer}" in name for name in names)
-            and not any(alias.startswith(head) for alias in self.aliases for head in heads)
-        )
+    def _rows(self) -> tuple[list[Row], int]:
+        """All rows of the spec, and the number from which on they only hold what no row before holds."""
+        if self.dialect.rows is not None:
+            rows = [row for row in self.dialect.rows if self.spec in row.names]
+            return rows, len(rows)
+        own = [row for row in self.family.rows if self.spec in row.names]
+        return own + _plain_rows(self.family, self.aliases, self.spec), len(own)
 
-    def _repeat(self, rows: Iterable[tuple[int, Row]]) -> None:
-        """What was decided for the first layer, for all others. The hub lists alike layers one after the other."""
-        first = [name for t in self.family.tensors if t.stage == "layer" and (name := t.name.replace("{layer}", "0")) in self.hub]
-        hub, width, local = list(self.hub), len(first), self.dialect.numbering == "local"
-        begin = hub.index(first[0]) if first else 0
-        decided = []
-        for index, row in rows:
-            at = [name.replace("{layer}", "0") for name in row.hub]
-            cls = self.known.get((index, tuple([self.hub[name] for name in at if name in self.hub])))
-            if cls is not None:
-                # A tensor that is stored under its hub name shares the hub's string: a plan has many, and looks them up often.
-                shared = row.names[self.spec] == row.hub[0] and not local
-                decided.append((cls, None if shared else row.names[self.spec], [first.index(name) for name in at]))
-        for layer, place in enumerate(self.places[1:], start=1):
-            number, chunk = (str(place.local), place.chunk) if local else (str(layer), 0)
-            own = hub[begin + layer * width : begin + (layer + 1) * width]
-            self.held.update(own)
-            for cls, stored, members in decided:
-                names = tuple([own[i] for i in members])
-                name = names[0] if stored is None else stored.replace("{layer}", number)
-                self.instances.append(RowInstance(cls, name, names, place.pp, chunk))
+    def _ends(self, stage: str, place: Place) -> None:
+        """Rows outside the layers."""
+        for decision in self._decide(stage, self.fields, [t.name for t in self.family.tensors if t.stage == stage], self.hub, ""):
+            names = self.classes[decision.cls].hub
+            self.instances.append(RowInstance(decision.cls, decision.stored, names, place.pp, None, self._chunk(place)))
 
-    def _stage(self, rows: Iterable[tuple[int, Row]], layer: int, place: Place) -> None:
-        number = str(layer if self.dialect.numbering == "global" else place.local)
-        for index, row in rows:
-            names, alias = self._resolve(row, str(layer))
-            absent = [name for name in names if name not in self.hub]
-            if len(absent) == len(names):
+    def _chunk(self, place: Place) -> int:
+        """Global numbers need no chunks to tell layers apart."""
+        return place.chunk if self.dialect.numbering == "local" else 0
+
+    def _layers(self) -> None:
+        kinds: dict[object, _Kind] = {}
+        hub = list(self.hub)
+        begin = sum(t.name in self.hub for t in self.family.tensors if t.stage == "first")
+        looks = self._looks()
+        for layer, place in enumerate(self.places):
+            fields = layer_scope(self.family, self.fields, layer) if looks is None or looks else {}
+            key = layer if looks is None else tuple([expression(fields) for expression in looks])
+            kind = kinds.get(key)
+            if kind is None:
+                kind = kinds[key] = self._kind(layer_scope(self.family, self.fields, layer), str(layer))
+            self._emit(kind, hub[begin : begin + kind.width], layer, place)
+            begin += kind.width
+
+    def _looks(self) -> list[Expression] | None:
+        """What must be equal for two layers to be alike; None: every layer is its own kind, as an alias names one."""
+        heads = [name.partition("{layer}")[0] for row in self.rows if row.stage == "layer" for name in row.hub]
+        if any(alias.startswith(head) for alias in self.aliases for head in heads):
+            return None
+        words = {"layer"} | {name for name, _ in self.family.layer_words}
+        tensors = [e for t in self.family.tensors if t.stage == "layer" for e in (t.when, *t.shape)]
+        return [e for e in (*tensors, *(row.when for row in self.rows if row.stage == "layer")) if e.names & words]
+
+    def _kind(self, fields: Mapping[str, Any], layer: str) -> _Kind:
+        shapes = _shapes(self.family, "layer", fields)
+        first: dict[str, int] = {}
+        width = 0
+        for expert, name in _in_order(shapes, range(self.experts)):
+            if expert in (-1, 0):
+                first[name] = width
+            width += 1
+        names = list(first)
+        steps: list[int] = []
+        for _, group in groupby(names, _counts_experts):
+            block = len(list(group))
+            steps += [block] * block
+        decisions = self._decide("layer", fields, names, shapes, layer)
+        return _Kind(tuple(first.values()), tuple(steps), width, tuple(decisions))
+
+    def _decide(
+        self, stage: str, fields: Mapping[str, Any], names: Sequence[str], shapes: Mapping[str, Shape], layer: str
+    ) -> list[_Decision]:
+        """The rows of one layer, or of an end; every hub tensor among `names` is held once."""
+        present = [name for name in names if name in shapes]
+        held: set[str] = set()
+        found = []
+        for index, row in enumerate(self.rows):
+            if row.stage != stage or (index >= self.fallback and row.hub[0] in held):
+                continue
+            alias = self._alias(row, layer)
+            absent = [name for name in row.hub if name not in shapes] if alias is None else []
+            if len(absent) == len(row.hub) or (alias is not None and alias not in self.hub):
+                continue
+            if not (alias is not None and self.reading) and row.when is not ALWAYS and not row.when(fields):
                 continue
             if absent:
                 raise UnsupportedError(
                     f"a row of dialect {self.dialect.name!r} joins tensors that family {self.family.name!r} has only in part",
-                    tensor=absent[0],
-                    expected=list(names),
+                    tensor=_numbered(absent[0], layer),
+                    expected=[_numbered(name, layer) for name in row.hub],
                 )
-            if not (alias and self.reading) and row.when is not ALWAYS and not row.when({**self.fields, "layer": layer}):
-                continue
-            self._hold(names, alias)
-            cls = self._class(index, row, tuple([self.hub[name] for name in names]), alias)
-            chunk = place.chunk if self.dialect.numbering == "local" else 0  # global numbers need no chunks to tell layers apart
-            self.instances.append(RowInstance(cls, row.names[self.spec].replace("{layer}", number), names, place.pp, chunk))
+            if alias is None and (twice := next((name for name in row.hub if name in held), None)):
+                raise TableError("two rows hold the same hub tensor", file=self.dialect.origin, tensor=_numbered(twice, layer))
+            held.update(row.hub if alias is None else ())
+            hub = row.hub if alias is None else (alias,)
+            cls = self._class(index, row, hub, tuple([self.hub[alias] if alias else shapes[name] for name in hub]), alias is not None)
+            members = () if alias is not None or stage != "layer" else tuple([present.index(name) for name in row.hub])
+            found.append(_Decision(index, cls, row.names[self.spec], members, row.experts, alias))
+        for name in present:
+            if name not in held:
+                raise UnsupportedError(
+                    f"dialect {self.dialect.name!r} has no row for this tensor of family {self.family.name!r}", tensor=_numbered(name, layer)
+                )
+        # Rows that hold what is left stand where their tensors do.
+        order = {name: i for i, name in enumerate(names)}
+        if self.fallback < len(self.rows):
+            found.sort(key=lambda d: order.get(self.rows[d.row].hub[0], len(order)))
+        return found
 
-    def _resolve(self, row: Row, layer: str) -> tuple[tuple[str, ...], bool]:
-        names = tuple([name.replace("{layer}", layer) for name in row.hub])
-        if len(names) == 1 and names[0] in self.aliases:
-            return (self.aliases[names[0]],), True
-        return names, False
+    def _alias(self, row: Row, layer: str) -> str | None:
+        """The hub tensor that the row's own is another name of."""
+        return self.aliases.get(row.hub[0].replace("{layer}", layer)) if len(row.hub) == 1 else None
 
-    def _hold(self, names: tuple[str, ...], alias: bool) -> None:
-        if alias:
-            return
-        for name in names:
-            if name in self.held:
-                raise TableError("two rows hold the same hub tensor", file=self.dialect.origin, tensor=name)
-            self.held.add(name)
+    def _emit(self, kind: _Kind, own: Sequence[str], layer: int, place: Place) -> None:
+        """The stored tensors of one layer; `own` are its hub tensors in order."""
+        local = self.dialect.numbering == "local"
+        number, chunk = (str(place.local), place.chunk) if local else (str(layer), 0)
+        per = self.experts // self.layout.ep
+        add = self.instances.append
+        for _, cls, stored, members, experts, alias in kind.decisions:
+            at = [(kind.at[i], kind.step[i]) for i in members]
+            name = stored.replace("{layer}", number)
+            if alias is not None:
+                add(RowInstance(cls, name, (alias,), place.pp, None, chunk))
+            elif not experts:
+                names = tuple([own[i] for i, _ in at])
+                # A tensor that is stored under its hub name shares the hub's string: a plan has many, and looks them up often.
+                add(RowInstance(cls, names[0] if name == names[0] else name, names, place.pp, None, chunk))
+            elif experts == "stack":
+                for ep in range(self.layout.ep):
+                    names = tuple([own[i + n * e] for e in range(ep * per, (ep + 1) * per) for i, n in at])
+                    add(RowInstance(cls, name, names, place.pp, ep, chunk))
+            else:
+                head, _, tail = name.partition("{expert}")
+                for expert in range(self.experts):
+                    ep, inside = divmod(expert, per)
+                    names = tuple([own[i + n * expert] for i, n in at])
+                    numbered = f"{head}{inside if local else expert}{tail}"
+                    add(RowInstance(cls, names[0] if numbered == names[0] else numbered, names, place.pp, ep, chunk))
 
-    def _class(self, index: int, row: Row, shapes: tuple[Shape, ...], alias: bool) -> int:
-        key = (index, shapes)
+    def _class(self, index: int, row: Row, hub: tuple[str, ...], shapes: tuple[Shape, ...], alias: bool) -> int:
+        key = (index, shapes, alias)
         if key not in self.known:
             self.known[key] = len(self.classes)
-            build = partial(_compose, row, self.fields)
+            tp = self.layout.expert_tp if row.experts else self.layout.tp
+            build = partial(_compose, row, {**self.fields, "tp": tp})
+            stacked = row.experts == "stack"
+            if stacked:
+                count = self.experts // self.layout.ep
+                hub = tuple([name.replace("{expert}", str(e)) for e in range(count) for name in hub])
+                shapes = shapes * count
             whole = build([leaf(slot, shape) for slot, shape in enumerate(shapes)])
-            split = SPLITS[row.split](whole.shape, self.layout.tp, self.fields, self.dialect.kv_heads)
-            hub = tuple(self.aliases.get(name, name) if alias else name for name in row.hub)
-            shards = tuple(apply_split(whole, split))
-            self.classes.append(RowClass(row.names[self.spec], hub, shapes, whole, split, shards, build, alias))
+            split = SPLITS[row.split](whole.shape[stacked:], tp, self.fields, self.dialect.kv_heads)
+            if stacked and split.axis is not None:
+                split = replace(split, axis=split.axis + 1)
+            split = replace(split, cycles=self.layout.tp // tp if row.experts else self.layout.ep)
+            self.classes.append(RowClass(row.names[self.spec], hub, shapes, whole, split, tuple(apply_split(whole, split)), build, alias))
         return self.known[key]
 
 
+def _numbered(name: str, layer: str) -> str:
+    """An open name of one layer, for messages."""
+    return name.replace("{layer}", layer).replace("{expert}", "0")
+
+
 def _compose(row: Row, fields: Mapping[str, Any], parts: Sequence[LazyTensor]) -> LazyTensor:
-    """The row's operations, applied to its hub tensors."""
-    for name, arguments in row.layout:
+    """The row's operations, applied to its hub tensors; in a stack, to those of each expert and then to all."""
+    operations = row.layout
+    if row.experts == "stack":
+        (join, arguments), operations = operations[-1], operations[:-1]
+        each = [_apply(operations, fields, parts[at : at + len(row.hub)]) for at in range(0, len(parts), len(row.hub))]
+        return OPERATIONS.get(join)(each, fields, *arguments)
+    return _apply(operations, fields, parts)
+
+
+def _apply(operations: Sequence[tuple[str, tuple[Any, ...]]], fields: Mapping[str, Any], parts: Sequence[LazyTensor]) -> LazyTensor:
+    for name, arguments in operations:
         parts = [OPERATIONS.get(name)(parts, fields, *arguments)]
     return parts[0]
 
@@ -288,12 +398,12 @@ def apply_split(whole: LazyTensor, split: Split) -> list[LazyTensor]:
     return [whole] if split.axis is None or split.parts == 1 else whole.chunk(split.axis, split.parts)
 
 
-def _family_rows(family: Family, aliases: Mapping[str, str]) -> list[Row]:
+def _plain_rows(family: Family, aliases: Mapping[str, str], spec: str) -> list[Row]:
     """One row per hub tensor, and one per alias: the last pipeline stage needs its copy where it is not the first too."""
     by_name = {t.name: t for t in family.tensors}
-    rows = [Row({"": t.stored}, (t.name,), _padding(t), t.split, t.stage, ALWAYS) for t in family.tensors if t.name not in aliases]
+    rows = [Row({spec: t.stored}, (t.name,), _padding(t), t.split, t.stage, ALWAYS) for t in family.tensors if t.name not in aliases]
     return rows + [
-        Row({"": name}, (name,), _padding(by_name[of]), by_name[of].split, "last", _SEVERAL_STAGES) for name, of in aliases.items()
+        Row({spec: name}, (name,), _padding(by_name[of]), by_name[of].split, "last", _SEVERAL_STAGES) for name, of in aliases.items()
     ]
 
 

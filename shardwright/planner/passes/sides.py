@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ class Bound:
     hub
         Hub names of each row.
     files, offsets
-        ``[rows, operands]``; operands are tp ranks (per output).
+        ``[rows, operands]``; operands are the ranks that hold the row (per output).
     grain
         Axis-0 rows of the stored tensors that one tile must own whole; 1 when free.
     """
@@ -111,8 +111,8 @@ class SourceSide:
 
 
 class Wanted(NamedTuple):
-    """A tensor that the target stores on every tp rank of a stage: its bound row and output, the ranks in order of tp, and
-    the chunk, key, dtype and shape, which are the same on all of them."""
+    """A tensor that the target stores on several ranks of a stage: its bound row and output, the ranks, tp fastest (of one
+    expert-parallel rank for experts, else of all), and the chunk, key, dtype and shape, which are the same on all of them."""
 
     bound: int
     row: int
@@ -149,8 +149,8 @@ def resolve(
     stages, several = _stages(layout, units), len(units) > 1
     places: list[list[StoredTensor]] = []
     classes, bounds, holders = expansion.classes, side.bounds, side.holders
-    for index, name, hub, pp, chunk in expansion.instances:
-        row, stage = classes[index], stages[pp, chunk]
+    for index, name, hub, pp, ep, chunk in expansion.instances:
+        row, stage = classes[index], stages[pp, ep, chunk]
         stored = _look_up(name, row, stage, several)
         if stored is None:
             continue
@@ -173,30 +173,35 @@ def resolve(
     for bound, held in zip(side.bounds, places, strict=True):
         bound.files = np.array([file_number[s.file] for s in held], dtype=np.int64).reshape(len(bound.hub), -1)
         bound.offsets = np.array([s.offset for s in held], dtype=np.int64).reshape(len(bound.hub), -1)
-    taken = {(rank, chunk): stage.taken for (_, chunk), stage in stages.items() for rank in stage.ranks}
+    taken: dict[tuple[int, int], tuple[set[str], ...]] = {}
+    for (_, _, chunk), stage in stages.items():
+        for rank in stage.ranks:
+            taken[rank, chunk] = (*taken.get((rank, chunk), ()), stage.taken)
     _account(units, taken, expansion, ignore, side, dialect)
     return side
 
 
 class _Stage(NamedTuple):
-    """The tp ranks of one pipeline stage with their units (of one chunk), and the names that rows have taken from each."""
+    """Ranks of one pipeline stage (of one ep rank, or of all) with their units of one chunk, and what rows took from each."""
 
-    ranks: list[int]
+    ranks: tuple[int, ...]
     units: list[Mapping[str, StoredTensor]]
     taken: set[str]
 
 
-def _stages(layout: Layout, units: Units) -> dict[tuple[int, int], _Stage]:
-    found = {}
+def _stages(layout: Layout, units: Units) -> dict[tuple[int, int | None, int], _Stage]:
+    found: dict[tuple[int, int | None, int], _Stage] = {}
+    chunks = sorted({chunk for _, chunk in units})
     for pp in range(layout.pp):
-        ranks = [layout.rank(tp, pp) for tp in range(layout.tp)]
-        for chunk in sorted({chunk for _, chunk in units}):
-            found[pp, chunk] = _Stage(ranks, [units[rank, chunk] for rank in ranks], set())
+        for ep in (None, *range(layout.ep)):
+            ranks = layout.stage_ranks(pp, ep)
+            for chunk in chunks:
+                found[pp, ep, chunk] = _Stage(ranks, [units[rank, chunk] for rank in ranks], set())
     return found
 
 
 def _look_up(name: str, row: RowClass, stage: _Stage, several: bool) -> list[StoredTensor] | None:
-    """The row's tensor on each tp rank, checked; None for an alias that no file holds."""
+    """The row's tensor on each rank that holds it, checked; None for an alias that no file holds."""
     shape = row.shards[0].shape  # equal on all ranks
     stored: list[StoredTensor] = []
     for rank, unit in zip(stage.ranks, stage.units, strict=True):
@@ -233,14 +238,15 @@ def _file_of(unit: Mapping[str, StoredTensor]) -> str | None:
 
 
 def _account(
-    units: Units, taken: dict[tuple[int, int], set[str]], expansion: Expansion, ignore: tuple[Ignore, ...], side: SourceSide, dialect: str
+    units: Units, taken: Mapping[tuple[int, int], Sequence[set[str]]], expansion: Expansion, ignore: tuple[Ignore, ...], side: SourceSide, dialect: str
 ) -> None:
     """Every stored tensor is used, or dropped for a stated reason, or refused."""
     for key, unit in units.items():
-        if len(unit) == len(taken[key]):
+        used = taken[key]
+        if len(unit) == sum(map(len, used)):
             continue
         for name, tensor in unit.items():
-            if name in taken[key]:
+            if any(name in names for names in used):
                 continue
             reason = next((entry.reason for entry in ignore if fnmatchcase(name, entry.pattern)), None)
             if reason is None:
@@ -270,7 +276,7 @@ def targets(
     """
     side = TargetSide()
     seen: dict[tuple[int, str, str, bool], int] = {}
-    ranks = [tuple(layout.rank(tp, pp) for tp in range(layout.tp)) for pp in range(layout.pp)]
+    ranks = {(pp, ep): layout.stage_ranks(pp, ep) for pp in range(layout.pp) for ep in (None, *range(layout.ep))}
     dtypes, holders = [bound.dtype for bound in source.bounds], source.holders
     for instance in expansion.instances:
         row = expansion.classes[instance.row]
@@ -293,13 +299,13 @@ def targets(
         bound = side.bounds[number]
         at = len(bound.hub)
         side.instances.append((number, at))
-        stage = ranks[instance.pp]
+        stage = ranks[instance.pp, instance.ep]
         for k, output in enumerate(bound.outputs):
             name = instance.name + output.suffix
             side.wanted.append(Wanted(number, at, k, stage, instance.chunk, name, output.dtype, output.shards[0].shape))
         bound.hub.append(instance.hub)
     for bound in side.bounds:
-        bound.files = np.zeros((len(bound.hub), layout.tp * len(bound.outputs)), dtype=np.int64)
+        bound.files = np.zeros((len(bound.hub), bound.row.split.width * len(bound.outputs)), dtype=np.int64)
         bound.offsets = np.zeros_like(bound.files)
     side.positions = np.array([w[:3] for w in side.wanted], dtype=np.int64).reshape(-1, 3)
     return side
@@ -321,7 +327,9 @@ def _target_bound(row: RowClass, before: str, after: str, scheme: Scheme | None)
     outputs = []
     for out in scheme.outputs(row.label, row.shapes[0], after):
         whole = leaf(0, out.shape)
-        split = row.split if row.split.axis is None or out.shape[row.split.axis] > 1 else Split(None, 1, row.split.parts * row.split.repeat)
+        split = row.split
+        if split.axis is not None and out.shape[split.axis] == 1:
+            split = replace(split, axis=None, parts=1, repeat=split.parts * split.repeat)
         outputs.append(
             StoredOutput(out.name.removeprefix(row.label), out.dtype, out.shape, out.ratio, split, tuple(apply_split(whole, split)))
         )
@@ -330,16 +338,20 @@ def _target_bound(row: RowClass, before: str, after: str, scheme: Scheme | None)
 
 
 def place(
-    side: TargetSide, members: Sequence[int], tp: int, files: Sequence[int], offsets: Sequence[int], grains: Sequence[int] | None = None
+    side: TargetSide, members: Sequence[int], place: int, files: Sequence[int], offsets: Sequence[int], grains: Sequence[int] | None = None
 ) -> None:
-    """Give wanted tensors their file numbers, byte offsets and grains on the tp rank in place `tp` of their ranks."""
+    """Give wanted tensors their file numbers, byte offsets and grains on the rank in this place of its stage.
+
+    A row that fewer ranks hold than the stage has (experts) counts places among its own.
+    """
     number, row, output = side.positions[np.array(members, dtype=np.int64)].T
     places = np.array([files, offsets, grains or [1] * len(members)], dtype=np.int64)
     order = np.argsort(number, kind="stable")
     for part in np.split(order, np.flatnonzero(np.diff(number[order])) + 1):
         if len(part):
             bound = side.bounds[number[part[0]]]
-            operands = output[part] * (bound.files.shape[1] // len(bound.outputs)) + tp
+            width = bound.row.split.width
+            operands = output[part] * width + place % width
             bound.files[row[part], operands], bound.offsets[row[part], operands] = places[:2, part]
             bound.grain = max(bound.grain, int(places[2, part].max()))
 

@@ -43,14 +43,14 @@ def rank_views(side: SourceSide, expansion: Expansion, layout: Layout, rank: int
     """
     at = layout.coordinates(rank)
     for instance in expansion.instances:
-        if instance.pp != at["pp"]:
+        if instance.pp != at["pp"] or instance.ep not in (None, at["ep"]):
             continue
         row = expansion.classes[instance.row]
         dtypes = {side.dtype(name) for name in instance.hub}
         if len(dtypes) > 1:
             raise UnsupportedError("tensors that the target joins have different dtypes", tensor=instance.name, actual=sorted(dtypes))
         tensors, operands = _parts(side, instance.hub)
-        shard = apply_split(row.build(tensors), row.split)[row.shard_of(at["tp"])]
+        shard = apply_split(row.build(tensors), row.split)[row.split.shard_of(at["tp"])]
         yield View(f"model{instance.chunk}.{instance.name}" if prefixed else instance.name, dtypes.pop(), shard, operands)
 
 
