@@ -44,6 +44,8 @@ target_options = _options(
     click.option("--tp", type=click.IntRange(1), default=1, help="Tensor parallel size."),
     click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline parallel size."),
     click.option("--vpp", type=click.IntRange(1), default=1, help="Model chunks per pipeline stage."),
+    click.option("--ep", type=click.IntRange(1), default=1, help="Expert parallel size."),
+    click.option("--etp", type=click.IntRange(1), help="Tensor parallel size of the experts. Default: tp."),
     click.option("--pp-layers", metavar="LIST", help="Layers of each stage (chunk), e.g. 10,11,11."),
     click.option("--layout", "layout_file", metavar="FILE", type=click.Path(exists=True, dir_okay=False), help="Layout as a JSON file."),
     click.option("--dialect", metavar="D", help="Names and fusion of the target's tensors."),
@@ -52,7 +54,12 @@ target_options = _options(
     click.option("--dtype", metavar="D", help="Cast floating tensors, e.g. bfloat16."),
     click.option("--quantize", metavar="S", help="Quantisation scheme, e.g. int8."),
     click.option("--pad-vocab-to", type=click.IntRange(1), metavar="M", help="Pad the vocabulary to a multiple of M."),
-    click.option("--megatron-spec", type=click.Choice(["te", "local"]), help="Megatron layer spec whose names are written (default te)."),
+    click.option(
+        "--megatron-spec",
+        type=click.Choice(["te", "te-sequential", "local"]),
+        help="Megatron layer spec whose names are written (default te; te-sequential keeps experts as modules of their own).",
+    ),
+    click.option("--spelling", metavar="S", help="Which of its family's spellings a Hugging Face target has, e.g. stacked."),
     click.option("--trust-replicas", is_flag=True, help="Do not read and compare copies."),
     click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out stored tensors of that name."),
     source_options,
@@ -81,7 +88,7 @@ def job_of(src: str, out: str | None, options: dict[str, Any]) -> Conversion:
         workers=options["workers"],
         dialect=options["dialect"],
         container=options["container"],
-        spec=options["megatron_spec"],
+        spec=_spec_of(options),
         dtype=options["dtype"],
         quantize=options["quantize"],
         max_shard_size=parse_size(options["max_shard_size"]),
@@ -91,11 +98,19 @@ def job_of(src: str, out: str | None, options: dict[str, Any]) -> Conversion:
     )
 
 
+def _spec_of(options: dict[str, Any]) -> str | None:
+    """A dialect's variant, under the option that its users know it by."""
+    spec, spelling = options["megatron_spec"], options["spelling"]
+    if spec is not None and spelling is not None:
+        raise UsageError("--megatron-spec and --spelling are of different dialects", remedy="Give one of them")
+    return spec if spelling is None else spelling
+
+
 def layout_of(options: dict[str, Any]) -> Layout:
     from .planner.layout import Layout
 
     if options["layout_file"]:
-        if (options["tp"], options["pp"], options["vpp"], options["pp_layers"]) != (1, 1, 1, None):
+        if [options[size] for size in ("tp", "pp", "vpp", "ep", "etp", "pp_layers")] != [1, 1, 1, 1, None, None]:
             raise UsageError("--layout and the sizes contradict each other", remedy="Give one or the other")
         return read_layout(options["layout_file"])
     stages = None
@@ -104,7 +119,7 @@ def layout_of(options: dict[str, Any]) -> Layout:
             stages = tuple(int(n) for n in options["pp_layers"].split(","))
         except ValueError:
             raise UsageError("--pp-layers is a list of numbers", expected="e.g. 10,11,11", actual=options["pp_layers"]) from None
-    return Layout(tp=options["tp"], pp=options["pp"], vpp=options["vpp"], stages=stages)
+    return Layout(tp=options["tp"], pp=options["pp"], vpp=options["vpp"], ep=options["ep"], etp=options["etp"], stages=stages)
 
 
 def read_layout(file: str) -> Layout:

@@ -83,8 +83,12 @@ def from_huggingface(raw: Mapping[str, Any], family: Family, file: str = "config
 
 
 def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], file: str) -> Any:
-    if rule.key is not None and raw.get(rule.key) is not None:
-        return raw[rule.key]
+    found = {key: raw[key] for key in (rule.key, *rule.other_keys) if key is not None and raw.get(key) is not None}
+    if found:
+        key, value = next(iter(found.items()))
+        if other := next((k for k, v in found.items() if v != value), None):
+            raise ConfigError(f"{key} and {other} disagree", file=file, expected=value, actual=found[other])
+        return value
     if rule.default is None:
         raise ConfigError(f"the config lacks {rule.key!r}", file=file, remedy="Complete it, or give another with --config")
     return rule.default(fields)

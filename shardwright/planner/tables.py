@@ -57,11 +57,13 @@ _SCOPE = {"family", "layer", "tp", "pp", "vpp", "ep", "padded_vocab_size", "true
 
 @dataclass(frozen=True, slots=True)
 class ConfigRule:
-    """One canonical field: the config.json key that holds it, what transformers assumes without it, or a fixed value."""
+    """One canonical field: the config.json key that holds it (and others that some versions write instead), what transformers
+    assumes without it, or a fixed value."""
 
     name: str
     key: str | None
     default: Expression | None
+    other_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +259,7 @@ def _extended(table: dict[str, Any], origin: str, seen: tuple[str, ...] = ()) ->
     """The table over those it extends, the first of them below the others."""
     bases = table.get("extends", [])
     merged: dict[str, Any] = {}
-    for base in bases if isinstance(bases, list) else [bases]:
+    for base in _listed(bases):
         merged = _merged(merged, _base_table(base, origin, seen), origin)
     return _merged(merged, table, origin)
 
@@ -336,11 +338,15 @@ def _config_rule(name: str, rule: Any, where: str) -> ConfigRule:
         not isinstance(rule, dict)
         or not set(rule) <= {"key", "default", "value"}
         or ("value" in rule) == ("key" in rule)
-        or not isinstance(rule.get("key", ""), str)
+        or not all(isinstance(key, str) for key in _listed(rule.get("key", "")) or [None])
     ):
         raise TableError('a config field is { key = "…", default = "…" } or { value = "…" }', file=where, actual=rule)
-    text = rule.get("value", rule.get("default"))
-    return ConfigRule(name, rule.get("key"), None if text is None else parse(text, where))
+    text, keys = rule.get("value", rule.get("default")), _listed(rule.get("key", []))
+    return ConfigRule(name, keys[0] if keys else None, None if text is None else parse(text, where), tuple(keys[1:]))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _dialect(table: dict[str, Any], origin: str) -> Dialect:

@@ -42,6 +42,10 @@ class TorchZip:
     name = "torch"
     suffix = ".pt"
 
+    def lays_out_alike(self, one: str, other: str) -> bool:
+        """Whether two paths give equal files for equal tensors and objects: the archive's folder is named like the file."""
+        return _archive(one) == _archive(other)
+
     def read(self, store: Store, path: str) -> ContainerIndex:
         """Parse the directory and the pickle of one file.
 
@@ -85,8 +89,7 @@ class TorchZip:
         tree = dict(objects) if objects is not None else {spec.name: TensorRef(spec.name) for spec in tensors}
         pickled = dump(tree, numbering.place, file=path)
         numbering.check()
-        stem = path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
-        layout = Layout(path, stem if stem.isascii() and stem.strip(".") else "archive")
+        layout = Layout(path, _archive(path))
         layout.add("data.pkl", pickled)
         layout.add(".format_version", b"1")
         layout.add(".storage_alignment", str(ALIGNMENT).encode())
@@ -96,6 +99,12 @@ class TorchZip:
         # torch derives it from the checksums of the data, which are not known yet; it only has to be there and to differ.
         layout.add(".data/serialization_id", f"{int(hashlib.sha256(pickled).hexdigest(), 16) % 10**40:040}".encode())
         return UnitLayout((layout.finish(),), tuple(Placement(0, offsets[spec.name]) for spec in tensors))
+
+
+def _archive(path: str) -> str:
+    """The folder that all members of the file at `path` lie in."""
+    stem = path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    return stem if stem.isascii() and stem.strip(".") else "archive"
 
 
 def _refuse_legacy(store: Store, path: str) -> None:

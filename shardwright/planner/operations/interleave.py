@@ -15,4 +15,4 @@ from ..tensor.lazy import LazyTensor, stack
 def interleave(parts: Sequence[LazyTensor], fields: Mapping[str, Any]) -> LazyTensor:
     """n parts, each ``[F, …]``, as one ``[n·F, …]``."""
     rows, rest = parts[0].shape[0], parts[0].shape[1:]
-    return stack([p.reshape(rows, 1, *rest) for p in parts], axis=1).reshape(len(parts) * rows, *rest)
+    return stack(parts, axis=1).reshape(len(parts) * rows, *rest)

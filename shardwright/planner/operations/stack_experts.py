@@ -14,4 +14,4 @@ from ..tensor.lazy import LazyTensor, stack
 
 def stack_experts(parts: Sequence[LazyTensor], fields: Mapping[str, Any]) -> LazyTensor:
     """One ``[…]`` per expert as ``[experts, …]``. Always a row's last operation: those before it make each expert's part."""
-    return stack([part.reshape(1, *part.shape) for part in parts], axis=0)
+    return stack(parts, axis=0)

@@ -170,8 +170,9 @@ def _rank_of(unit: Unit, wanted: TargetSide) -> int:
 
 
 def _like(before: tuple[Unit, UnitLayout] | None, unit: Unit, container: Container) -> UnitLayout | None:
-    """The layout of the unit before, under this one's path, where they hold the same: the tp ranks of a stage."""
-    if before is None or not getattr(container, "ignores_path", False):
+    """The layout of the unit before, under this one's path, where they hold the same: the ranks of a stage."""
+    alike = getattr(container, "lays_out_alike", None)
+    if before is None or alike is None or not alike(before[0].path, unit.path):
         return None
     other, laid = before
     if unit.tensors is not other.tensors or unit.objects is not other.objects or unit.metadata is not other.metadata:
