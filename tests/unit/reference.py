@@ -215,7 +215,6 @@ def megatron(weights: Arrays, model: Model, cut: Cut, spec: str = "te", multiple
             held = ranks[t, p, v]
             at = f"decoder.layers.{i}."
             held[at + norms[0]] = w["input_layernorm.weight"]
-            held[at + norms[1]] = w["post_attention_layernorm.weight"]
             for kind in ("weight", "bias") if model.qkv_bias else ("weight",):
                 fused = merged_qkv(*(w[f"self_attn.{x}_proj.{kind}"] for x in "qkv"), model.kv, model.head_dim)
                 held[f"{at}self_attention.linear_qkv.{kind}"] = share(fused, 0, cut.tp, t)
@@ -225,6 +224,9 @@ def megatron(weights: Arrays, model: Model, cut: Cut, spec: str = "te", multiple
             if model.qk_norm:
                 held[at + "self_attention.q_layernorm.weight"] = w["self_attn.q_norm.weight"]
                 held[at + "self_attention.k_layernorm.weight"] = w["self_attn.k_norm.weight"]
+            if "mlp.gate_proj.weight" not in w:  # a layer with experts: see `experts_reference`
+                continue
+            held[at + norms[1]] = w["post_attention_layernorm.weight"]
             for kind in ("weight", "bias") if model.mlp_bias else ("weight",):
                 pair = [share(w[f"mlp.{x}_proj.{kind}"], 0, cut.tp, t) for x in ("gate", "up")]
                 held[f"{at}mlp.linear_fc1.{kind}"] = np.concatenate(pair)
