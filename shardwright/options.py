@@ -100,7 +100,8 @@ def job_of(src: str, out: str | None, options: dict[str, Any]) -> Conversion:
 
 def _spec_of(options: dict[str, Any]) -> str | None:
     """A dialect's variant, under the option that its users know it by."""
-    spec, spelling = options["megatron_spec"], options["spelling"]
+    spec: str | None = options["megatron_spec"]
+    spelling: str | None = options["spelling"]
     if spec is not None and spelling is not None:
         raise UsageError("--megatron-spec and --spelling are of different dialects", remedy="Give one of them")
     return spec if spelling is None else spelling

@@ -56,15 +56,12 @@ class Layout:
     stages: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp", "ep"):
+        for name in ("tp", "pp", "vpp", "ep", "etp"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if (name, value) != ("etp", None) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise UsageError(f"{name} must be a positive integer", actual=repr(value))
-        if self.etp is not None:
-            if not isinstance(self.etp, int) or isinstance(self.etp, bool) or self.etp < 1:
-                raise UsageError("etp must be a positive integer", actual=repr(self.etp))
-            if self.tp % self.etp:
-                raise LayoutError("etp must divide tp", expected=f"a divisor of {self.tp}", actual=f"etp {self.etp}, tp {self.tp}")
+        if self.tp % self.expert_tp:
+            raise LayoutError("etp must divide tp", expected=f"a divisor of {self.tp}", actual=f"etp {self.etp}, tp {self.tp}")
         if self.vpp > 1 and self.pp == 1:
             raise LayoutError("a virtual pipeline needs pp > 1", actual=f"pp 1, vpp {self.vpp}", remedy="Drop --vpp or raise --pp")
         if self.stages is not None and len(self.stages) != self.pp * self.vpp:

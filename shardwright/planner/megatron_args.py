@@ -230,7 +230,9 @@ def _pattern(freq: Any, layers: int, file: str) -> Sequence[int]:
         return [int(layer % freq == 0) for layer in range(layers)]
     if isinstance(freq, list | tuple) and len(freq) == layers and all(n in (0, 1) for n in freq):
         return freq
-    raise ConfigError("args.moe_layer_freq is no pattern of the layers", file=file, expected=f"a number, or {layers} of 0 and 1", actual=freq)
+    raise ConfigError(
+        "args.moe_layer_freq is no pattern of the layers", file=file, expected=f"a number, or {layers} of 0 and 1", actual=freq
+    )
 
 
 def _window(size: Any, file: str) -> int | None:
@@ -247,5 +249,3 @@ def _rope_from_megatron(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         return {"rope_type": "llama3", "factor": float(arguments.get("rope_scaling_factor", 8.0)), **_LLAMA3_ROPE}
     factor = arguments.get("rotary_seq_len_interpolation_factor")
     return None if factor is None else {"rope_type": "linear", "factor": float(factor)}
-
-

@@ -217,7 +217,9 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     rows = tuple(_row(entry, spellings, f"{origin} [[row]] {i + 1}") for i, entry in enumerate(_entries(table, "row", origin)))
     for i, row in enumerate(rows):
         if unknown := set(row.hub) - known - {a.name for a in aliases}:
-            raise TableError("a row is made of a tensor that the family does not have", file=f"{origin} [[row]] {i + 1}", actual=min(unknown))
+            raise TableError(
+                "a row is made of a tensor that the family does not have", file=f"{origin} [[row]] {i + 1}", actual=min(unknown)
+            )
     _unique_names(rows, spellings, origin)
     fields = {rule.name for rule in rules} | {"layer", "true", "false", "none"}
     _fields_known([(f"[layer] {name}", e) for name, e in words], fields, origin)
@@ -278,8 +280,10 @@ def _base_table(name: Any, origin: str, seen: tuple[str, ...] = ()) -> dict[str,
 
 def _merged(base: dict[str, Any], over: dict[str, Any], origin: str) -> dict[str, Any]:
     """`over` on top of `base`: fields and words by name; tensors and aliases by name, rows by what they hold in which spellings,
-    in place."""
+    in place. Spellings that `over` does not name again are gone, with what only they have."""
     merged = {**base, **over}
+    if "spellings" in over:
+        base = {**base, "row": [left for entry in _entries(base, "row", origin) if (left := _within(entry, over["spellings"]))]}
     for kind in ("config", "layer", "refuse"):
         merged[kind] = {**_table(base, kind, origin), **_table(over, kind, origin)}
     for kind in ("tensor", "alias", "row", "ignore"):
@@ -292,6 +296,15 @@ def _merged(base: dict[str, Any], over: dict[str, Any], origin: str) -> dict[str
             kept += mine.pop(at, []) if at in replaced else [entry]
         merged[kind] = kept + [entry for own in mine.values() for entry in own]
     return merged
+
+
+def _within(entry: dict[str, Any], spellings: Any) -> dict[str, Any] | None:
+    """The row in these spellings only; None if it is in none of them."""
+    name = entry.get("name")
+    if not isinstance(name, dict) or not isinstance(spellings, list):
+        return entry
+    left = {spelling: text for spelling, text in name.items() if spelling in spellings}
+    return {**entry, "name": left} if left else None
 
 
 def _identity(kind: str, entry: Mapping[str, Any]) -> str:
@@ -437,7 +450,9 @@ def _stage(value: Any, names: Sequence[Any], expert: bool | None, where: str) ->
         if counters[1] and not counters[0]:
             raise TableError("a name that counts {expert} counts {layer} too", file=where, actual=repr(name))
         if expert is not None and bool(counters[1]) != expert:
-            raise TableError("what every expert has needs {expert} in each of its names, and nothing else may have it", file=where, actual=name)
+            raise TableError(
+                "what every expert has needs {expert} in each of its names, and nothing else may have it", file=where, actual=name
+            )
         if ("{layer}" in name) != (stage == "layer"):
             raise TableError(
                 "what every layer has needs {layer} in each of its names, and nothing else may have it", file=where, actual=repr(name)

@@ -1,7 +1,8 @@
 """Tiny Hugging Face checkpoints, written by transformers itself.
 
 1. Build the config of a case; the sizes are such that heads, rows, layers and the vocabulary divide unevenly wherever that
-   is allowed: 131 words (padding matters), 12 layers (1, 2, 3 or 4 stages, and 2 chunks on each of 2 or 3).
+   is allowed: 131 words (padding matters), 12 layers (1, 2, 3 or 4 stages, and 2 chunks on each of 2 or 3), 12 experts
+   (numbers of two digits; 1, 2, 3 or 4 expert ranks).
 2. Fill every parameter with distinct random values, norms and biases too, so that a lost, doubled or swapped tensor always
    changes the logits.
 3. Save with transformers: safetensors in several files, or ``.bin`` files under the same names.
@@ -38,6 +39,7 @@ _BASE: dict[str, Any] = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
+_EXPERTS = {"num_hidden_layers": 6, "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -79,6 +81,11 @@ CASES: dict[str, Case] = {
     "qwen2_tied": Case("qwen2", {"tie_word_embeddings": True}),
     "qwen3": Case("qwen3", {"head_dim": 16}),
     "qwen3_tied": Case("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "mixtral": Case("mixtral", {"head_dim": 16, "num_hidden_layers": 6, "num_local_experts": 12, "num_experts_per_tok": 3}),
+    "qwen2_moe": Case("qwen2_moe", {**_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 80, "mlp_only_layers": [1]}),
+    "qwen3_moe": Case("qwen3_moe", {**_EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    # Every other layer has experts, and a token's weights are not normalised over those it is sent to.
+    "qwen3_moe_sparse": Case("qwen3_moe", {**_EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": False, "tie_word_embeddings": True}),
 }
 
 

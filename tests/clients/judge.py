@@ -45,7 +45,7 @@ def _cached_logits(folder: str) -> torch.Tensor:
 
 def megatron_logits(mcore: Megatron, folder: Path, layout: Layout) -> torch.Tensor:
     """Megatron-core's float32 logits of a checkpoint in this layout; names, shapes, dtypes and args must fit."""
-    return mcore.logits(folder, tp=layout.tp, pp=layout.pp, vpp=layout.vpp, vocab=hf_models.VOCAB, ids=_ids())
+    return mcore.logits(folder, tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep, vocab=hf_models.VOCAB, ids=_ids())
 
 
 def _ids() -> torch.Tensor:

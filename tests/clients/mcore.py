@@ -52,7 +52,7 @@ class Megatron:
         self._pipe: Connection | None = None
 
     def logits(
-        self, folder: Path, *, tp: int = 1, pp: int = 1, vpp: int = 1, vocab: int, ids: torch.Tensor | None = None
+        self, folder: Path, *, tp: int = 1, pp: int = 1, vpp: int = 1, ep: int = 1, vocab: int, ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Load a checkpoint into Megatron's GPTModel and run it.
 
@@ -60,7 +60,7 @@ class Megatron:
         ----------
         folder
             Holds ``latest_checkpointed_iteration.txt`` and the ``mp_rank_*`` folders in the iteration that it names.
-        tp, pp, vpp
+        tp, pp, vpp, ep
             The layout; the checkpoint's ``args`` must state the same. Uneven stages are read from ``args``.
         vocab
             True vocabulary size; logits of the padding rows are cut off.
@@ -78,7 +78,7 @@ class Megatron:
             A file or an argument is missing, tensors are missing, unexpected or of the wrong shape or dtype, or the run fails.
         """
         ids = token_ids(vocab) if ids is None else ids
-        request = Request(str(Path(folder).absolute()), tp, pp, vpp, tuple(map(tuple, ids.tolist())), vocab)
+        request = Request(str(Path(folder).absolute()), tp, pp, vpp, tuple(map(tuple, ids.tolist())), vocab, ep)
         answer = self._ask(request)
         if isinstance(answer, str):
             raise MegatronError(answer)

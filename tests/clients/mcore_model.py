@@ -37,11 +37,18 @@ class Request:
     vpp: int
     ids: tuple[tuple[int, ...], ...]
     vocab: int
+    ep: int = 1
 
     @property
     def world(self) -> int:
-        """Number of ranks; tensor parallel rank is the fastest."""
-        return self.tp * self.pp
+        """Number of ranks: tensor parallel rank is the fastest, then the expert-parallel one, which is a data-parallel copy of
+        everything but experts."""
+        return self.stage * self.pp
+
+    @property
+    def stage(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.tp * self.ep
 
     def run(self, rank: int, store: Path) -> torch.Tensor | None:
         """Be one rank of it; see `run_rank`."""
@@ -55,15 +62,18 @@ def prepare() -> None:
     torch.nn.Module.cuda = lambda self, *_args, **_kwargs: self
     from megatron.core.models import gpt  # noqa: F401 - here and not in each forked rank
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
 
+    moe_utils.te_general_gemm = None  # named only where Transformer Engine is installed, but always looked at
     random.CudaRNGStatesTracker.fork = lambda _self, _name=None: contextlib.nullcontext()
 
 
-def rank_file(folder: Path, tp: int, pp: int, *, pp_size: int) -> Path:
-    """Where Megatron looks for a rank's file: the tracker's folder, ``mp_rank_TT`` and ``_PPP`` if there are stages."""
+def rank_file(folder: Path, tp: int, pp: int, *, pp_size: int, ep: int = 0, ep_size: int = 1) -> Path:
+    """Where Megatron looks for a rank's file: the tracker's folder, ``mp_rank_TT``, ``_PPP`` if there are stages, ``_EEE`` if
+    experts are dealt out."""
     step = (folder / "latest_checkpointed_iteration.txt").read_text().strip()
     iteration = "release" if step == "release" else f"iter_{int(step):07d}"
-    name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if pp_size > 1 else "")
+    name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if pp_size > 1 else "") + (f"_{ep:03d}" if ep_size > 1 else "")
     return folder / iteration / name / "model_optim_rng.pt"
 
 
@@ -82,16 +92,20 @@ def run_rank(rank: int, request: Request, store: Path) -> torch.Tensor | None:
     from megatron.core import parallel_state
 
     dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=request.world)
-    parallel_state.initialize_model_parallel(request.tp, request.pp, request.vpp if request.vpp > 1 else None)
-    tp, pp = rank % request.tp, rank // request.tp
-    saved = torch.load(rank_file(Path(request.folder), tp, pp, pp_size=request.pp), map_location="cpu", weights_only=False)
+    parallel_state.initialize_model_parallel(
+        request.tp, request.pp, request.vpp if request.vpp > 1 else None, expert_model_parallel_size=request.ep
+    )
+    tp, pp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    ep = parallel_state.get_expert_model_parallel_rank()
+    file = rank_file(Path(request.folder), tp, pp, pp_size=request.pp, ep=ep, ep_size=request.ep)
+    saved = torch.load(file, map_location="cpu", weights_only=False)
     _check_envelope(saved, request)
     chunks = [_chunk(saved, request, pp, v) for v in range(request.vpp)]
     with torch.no_grad():
         logits = _forward(chunks, request, rank)
     dist.barrier()
     dist.destroy_process_group()
-    return logits[..., : request.vocab] if logits is not None and tp == 0 else None
+    return logits[..., : request.vocab] if logits is not None and rank % request.stage == 0 else None
 
 
 def _check_envelope(saved: Mapping[str, Any], request: Request) -> None:
@@ -100,8 +114,9 @@ def _check_envelope(saved: Mapping[str, Any], request: Request) -> None:
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
         args.virtual_pipeline_model_parallel_size or 1,
+        getattr(args, "expert_model_parallel_size", 1),
     )
-    _demand(stated == (request.tp, request.pp, request.vpp), f"args state tp, pp, vpp = {stated}")
+    _demand(stated == (request.tp, request.pp, request.vpp, request.ep), f"args state tp, pp, vpp, ep = {stated}")
     _demand(float(saved["checkpoint_version"]) == 3.0, f"checkpoint_version {saved['checkpoint_version']}")
     _demand(saved["iteration"] >= 0, "no iteration")
     models = {key for key in saved if key.startswith("model")}
@@ -125,11 +140,16 @@ def _chunk(saved: Mapping[str, Any], request: Request, pp: int, v: int) -> torch
 def build(args: Namespace, first: bool, last: bool, vp_stage: int | None) -> torch.nn.Module:
     """One chunk of the model that ``args`` describe, its parameters not yet filled."""
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 
+    config = _transformer_config(args)
+    if config.num_moe_experts:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=args.normalization, vp_stage=vp_stage)
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
     return GPTModel(
-        config=_transformer_config(args),
-        transformer_layer_spec=get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization),
+        config=config,
+        transformer_layer_spec=spec,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=first,
@@ -173,7 +193,31 @@ def _transformer_config(args: Namespace) -> Any:
         apply_rope_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        **(_experts(args) if getattr(args, "num_experts", None) else {}),
     )
+
+
+def _experts(args: Namespace) -> dict[str, Any]:
+    """What the args say of experts; tokens are sent in the one way that runs on CPU, and no loss balances them."""
+    return {
+        "num_moe_experts": args.num_experts,
+        **{name: getattr(args, name) for name in _SAME_NAME_EXPERTS},
+        "moe_token_dispatcher_type": "allgather",
+        "moe_router_load_balancing_type": "none",
+    }
+
+
+_SAME_NAME_EXPERTS = (
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "moe_layer_freq",
+    "moe_ffn_hidden_size",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+)
 
 
 _SAME_NAME = (
@@ -207,9 +251,10 @@ def _load(model: torch.nn.Module, stored: Mapping[str, Any], args: Namespace) ->
 
 
 def _local_name(name: str) -> str:
-    """Transformer Engine's names for the norms that it fuses into the next linear, as the local spec spells them."""
+    """Transformer Engine's names, for norms fused into the next linear and experts in a grouped GEMM, as the local spec's."""
     name = re.sub(r"self_attention\.linear_qkv\.layer_norm_(weight|bias)$", r"input_layernorm.\1", name)
-    return re.sub(r"mlp\.linear_fc1\.layer_norm_(weight|bias)$", r"pre_mlp_layernorm.\1", name)
+    name = re.sub(r"mlp\.linear_fc1\.layer_norm_(weight|bias)$", r"pre_mlp_layernorm.\1", name)
+    return re.sub(r"mlp\.experts\.linear_fc([12])\.weight(\d+)$", r"mlp.experts.local_experts.\2.linear_fc\1.weight", name)
 
 
 def _forward(chunks: list[torch.nn.Module], request: Request, rank: int) -> torch.Tensor | None:
@@ -218,14 +263,14 @@ def _forward(chunks: list[torch.nn.Module], request: Request, rank: int) -> torc
     batch, length = ids.shape
     positions = torch.arange(length).expand(batch, -1)
     mask = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)[None, None]
-    pp, out = rank // request.tp, None
+    pp, out = rank // request.stage, None
     for v, chunk in enumerate(chunks):
         if (pp, v) != (0, 0):
             received = torch.empty(length, batch, chunk.config.hidden_size)
-            dist.recv(received, (rank - request.tp) % request.world)
+            dist.recv(received, (rank - request.stage) % request.world)
             chunk.set_input_tensor(received)
         out = chunk(input_ids=ids, position_ids=positions, attention_mask=mask)
         if (pp, v) == (request.pp - 1, request.vpp - 1):
             return out.float()
-        dist.send(out.contiguous(), (rank + request.tp) % request.world)
+        dist.send(out.contiguous(), (rank + request.stage) % request.world)
     return None

@@ -47,7 +47,7 @@ class Trip(NamedTuple):
     shards: str = "200KB"
 
     def __str__(self) -> str:
-        sizes = f"tp{self.layout.tp}-pp{self.layout.pp}-vpp{self.layout.vpp}"
+        sizes = f"tp{self.layout.tp}-pp{self.layout.pp}-vpp{self.layout.vpp}" + (f"-ep{self.layout.ep}" if self.layout.ep > 1 else "")
         stages = "" if self.layout.stages is None else "-" + "+".join(map(str, self.layout.stages))
         return f"{self.case}-{sizes}{stages}-{self.spec}-{self.dtype}-{self.shards}"
 
@@ -95,15 +95,31 @@ SELECTION = (
     Trip("qwen3_tied", Layout(), "local"),
     Trip("qwen3_tied", Layout(tp=2, pp=2), "te", "bfloat16"),
     Trip("qwen3_tied", Layout(pp=3, vpp=2), "te"),
+    Trip("mixtral", Layout(), "te"),
+    Trip("mixtral", Layout(tp=2, ep=2), "te-sequential", "bfloat16"),
+    Trip("mixtral", Layout(tp=2, pp=2, ep=2), "te"),
+    Trip("mixtral", Layout(tp=4), "local"),
+    Trip("mixtral", Layout(ep=4), "te"),
+    Trip("qwen2_moe", Layout(tp=2, ep=2), "te"),
+    Trip("qwen2_moe", Layout(pp=2, ep=3), "local"),
+    Trip("qwen2_moe", Layout(tp=4), "te-sequential", "bfloat16"),
+    Trip("qwen2_moe", _uneven(1, 2, 3), "te"),
+    Trip("qwen3_moe", Layout(tp=2), "te", "bfloat16"),
+    Trip("qwen3_moe", Layout(pp=3, vpp=2, ep=2), "te"),
+    Trip("qwen3_moe", Layout(tp=4, ep=2), "local"),
+    Trip("qwen3_moe_sparse", Layout(pp=2), "te-sequential"),
+    Trip("qwen3_moe_sparse", Layout(tp=2, ep=3), "te"),
 )
 
 
 def _grid() -> Iterator[Trip]:
     """Everything that a case's layers and heads allow."""
     sizes = [(tp, pp, vpp) for tp in (1, 2, 4) for pp in (1, 2, 3) for vpp in (1, 2) if pp > 1 or vpp == 1]
-    for case, (tp, pp, vpp), spec, dtype in itertools.product(hf_models.CASES, sizes, ("te", "local"), ("float32", "bfloat16")):
-        if _layers(case) % (pp * vpp) == 0:
-            yield Trip(case, Layout(tp=tp, pp=pp, vpp=vpp), spec, dtype)
+    for case, (tp, pp, vpp), dtype in itertools.product(hf_models.CASES, sizes, ("float32", "bfloat16")):
+        moe = "moe" in case or case == "mixtral"
+        for ep, spec in itertools.product((1, 2, 3) if moe else (1,), ("te", "te-sequential", "local") if moe else ("te", "local")):
+            if _layers(case) % (pp * vpp) == 0:
+                yield Trip(case, Layout(tp=tp, pp=pp, vpp=vpp, ep=ep), spec, dtype)
 
 
 def _layers(case: str) -> int:
@@ -123,7 +139,7 @@ def _round_trip(trip: Trip, hf_case: Callable[..., Path], mcore: Megatron, tmp_p
 
 def _assert_spec(folder: Path, spec: str) -> None:
     names = {name for models in rank_contents(folder).values() for model in models.values() for name in model}
-    assert any("linear_qkv.layer_norm_weight" in name for name in names) == (spec == "te")
+    assert any("linear_qkv.layer_norm_weight" in name for name in names) == (spec != "local")
     assert any("input_layernorm" in name for name in names) == (spec == "local")
 
 
@@ -140,8 +156,8 @@ def test_there_and_back_over_the_grid(trip: Trip, hf_case: Callable[..., Path], 
 
 def test_selection_covers_every_value() -> None:
     values: dict[str, set[Any]] = {
-        "case": set(hf_models.CASES), "spec": {"te", "local"}, "dtype": {"float32", "bfloat16"},
-        "tp": {1, 2, 4}, "pp": {1, 2, 3}, "vpp": {1, 2},
+        "case": set(hf_models.CASES), "spec": {"te", "te-sequential", "local"}, "dtype": {"float32", "bfloat16"},
+        "tp": {1, 2, 4}, "pp": {1, 2, 3}, "vpp": {1, 2}, "ep": {1, 2, 3, 4},
     }  # fmt: skip
     for axis, wanted in values.items():
         assert {getattr(trip if axis in Trip._fields else trip.layout, axis) for trip in SELECTION} == wanted, axis
@@ -165,6 +181,7 @@ HOPS = (
     ("mistral_window", _uneven(2, 5, 5), "te", Layout(tp=4), "te"),
     ("qwen2", Layout(tp=2, pp=2, vpp=2), "local", _uneven(1, 2, 4, 5, vpp=2), "te"),
     ("qwen3_tied", Layout(tp=1, pp=3, vpp=2), "te", Layout(tp=4, pp=2), "local"),
+    ("qwen2_moe", Layout(tp=2, pp=2, ep=3), "te", Layout(tp=1, ep=4), "local"),
 )
 
 
@@ -227,6 +244,9 @@ STRANGERS = (
     ("qwen2_tied", None, "bfloat16", Layout(tp=4), "local"),
     ("qwen3", None, "bfloat16", _uneven(1, 2, 4, 5, vpp=2), "local"),
     ("qwen3_tied", None, "float32", Layout(tp=4), "te"),
+    ("mixtral", None, "float32", Layout(tp=2, ep=2), "te"),
+    ("qwen2_moe", None, "bfloat16", Layout(ep=3), "te-sequential"),
+    ("qwen3_moe_sparse", None, "float32", Layout(tp=2, pp=2, ep=2), "local"),
 )
 
 
@@ -240,7 +260,7 @@ def test_megatron_that_says_only_its_args(
     shutil.rmtree(there / "hf")
     opened = sw.open(there, family=family)
     assert opened.family == hf_models.CASES[case].model_type
-    assert (opened.layout.tp, opened.layout.pp, opened.layout.vpp) == (layout.tp, layout.pp, layout.vpp)
+    assert opened.layout == layout
     sw.convert(opened, back, to="huggingface", memory=MEMORY)
     assert_same_bits(hf_models.tensors(back), hf_models.tensors(source))
     assert torch.equal(_logits(back), huggingface_logits(source))

@@ -162,7 +162,11 @@ def huggingface(weights: Arrays, model: Experts, cut: ExpertCut, spelling: str, 
             pieces = []
             for expert in mine:
                 gate, up, down = model.names(layer, int(expert))
-                cuts = [share(weights[gate], 0, parts, t % parts), share(weights[up], 0, parts, t % parts), share(weights[down], 1, parts, t % parts)]
+                cuts = [
+                    share(weights[gate], 0, parts, t % parts),
+                    share(weights[up], 0, parts, t % parts),
+                    share(weights[down], 1, parts, t % parts),
+                ]
                 pieces.append(cuts)
                 if spelling != "stacked":
                     held |= dict(zip((gate, up, down), cuts, strict=True))

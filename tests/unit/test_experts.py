@@ -9,7 +9,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import shardwright as sw
-from shardwright.errors import LayoutError, MissingTensorError, ReplicaMismatchError, ShapeMismatchError, UnknownTensorError, UnsupportedError, UsageError
+from shardwright.errors import (
+    LayoutError,
+    MissingTensorError,
+    ReplicaMismatchError,
+    ShapeMismatchError,
+    UnknownTensorError,
+    UnsupportedError,
+    UsageError,
+)
 from tests.unit import experts_reference as moe
 from tests.unit import reference as ref
 from tests.unit.experts_reference import ExpertCut, Experts
@@ -179,7 +187,7 @@ def test_experts_that_do_not_divide(wanted, message, sources):
 
 
 def test_layouts_that_make_no_sense(sources, tmp_path):
-    with pytest.raises(LayoutError, match="etp must divide tp.*divisor of 4"):
+    with pytest.raises(LayoutError, match=r"etp must divide tp.*divisor of 4"):
         sw.Layout(tp=4, etp=3)
     with pytest.raises(UsageError, match="etp must be a positive integer"):
         sw.Layout(etp=0)

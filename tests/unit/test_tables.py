@@ -157,7 +157,12 @@ FAMILY_MISTAKES = [
     ('when = "layer % 2 == 0"', 'where = "x"', r"\[\[tensor\]\] 2", "a tensor has no entry 'where'.*Known: huggingface, name"),
     ('split = "rows"', 'split = "row"', r"\[\[tensor\]\] 1", "unknown split: .*actual 'row'.*Known: none, rows"),
     ('split = "rows"', 'stage = "middle"', r"\[\[tensor\]\] 1", "unknown stage: .*actual 'middle'.*Known: first, last, layer"),
-    ('name = "layers.{layer}.weight"', 'name = "layers.{expert}.weight"', r"\[\[tensor\]\] 2", "counts {expert} counts {layer} too: .*{expert}"),
+    (
+        'name = "layers.{layer}.weight"',
+        'name = "layers.{expert}.weight"',
+        r"\[\[tensor\]\] 2",
+        "counts {expert} counts {layer} too: .*{expert}",
+    ),
     ('name = "layers.{layer}.weight"', 'name = "layers.{layer}.w}"', r"\[\[tensor\]\] 2", "can count only {layer}"),
     (
         "[[ignore]]",

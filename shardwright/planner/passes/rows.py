@@ -313,7 +313,8 @@ class _Expander:
         for name in present:
             if name not in held:
                 raise UnsupportedError(
-                    f"dialect {self.dialect.name!r} has no row for this tensor of family {self.family.name!r}", tensor=_numbered(name, layer)
+                    f"dialect {self.dialect.name!r} has no row for this tensor of family {self.family.name!r}",
+                    tensor=_numbered(name, layer),
                 )
         # Rows that hold what is left stand where their tensors do.
         order = {name: i for i, name in enumerate(names)}

@@ -238,7 +238,12 @@ def _file_of(unit: Mapping[str, StoredTensor]) -> str | None:
 
 
 def _account(
-    units: Units, taken: Mapping[tuple[int, int], Sequence[set[str]]], expansion: Expansion, ignore: tuple[Ignore, ...], side: SourceSide, dialect: str
+    units: Units,
+    taken: Mapping[tuple[int, int], Sequence[set[str]]],
+    expansion: Expansion,
+    ignore: tuple[Ignore, ...],
+    side: SourceSide,
+    dialect: str,
 ) -> None:
     """Every stored tensor is used, or dropped for a stated reason, or refused."""
     for key, unit in units.items():
