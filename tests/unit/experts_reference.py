@@ -200,6 +200,8 @@ def read_ranks(root: Path, cut: ExpertCut, chunked: bool = False) -> Ranks:
             for e in range(cut.ep):
                 number = t + cut.tp * (e + cut.ep * p)
                 path = root / (f"rank_{number:05d}_tp{t}_pp{p}" + (f"_ep{e}" if cut.ep > 1 else "") + ".safetensors")
+                if not chunked:
+                    found[t, p, 0, e] = {}
                 for name, tensor in load_file(path).items():
                     chunk, _, rest = name.partition(".") if chunked and cut.vpp > 1 else ("model0", "", name)
                     found.setdefault((t, p, int(chunk.removeprefix("model")), e), {})[rest] = ref.to_bits(tensor)

@@ -2,7 +2,8 @@
 
 An operation is a function ``(parts, fields) -> LazyTensor``: the hub tensors of a row, in the row's order, and the
 canonical config's fields with the layout's (``tp``, which is etp for experts, and ``padded_vocab_size``). It is a bijection
-of elements up to fill, so reading and writing use the same pieces. Rows name operations with literal arguments: ``"transpose"``, ``"pad(0, 128)"``.
+of elements up to fill, so reading and writing use the same pieces. Rows name operations with literal arguments:
+``"transpose"``, ``"pad(0, 128)"``.
 """
 
 from __future__ import annotations

@@ -104,21 +104,23 @@ def _coordinates(box: Box, axis: int) -> np.ndarray[tuple[int], np.dtype[np.int6
 
 
 def _reaches_targets(output: Output, what: str) -> None:
-    """Operands, in their order, make up whole copies of the output; neighbours that take the same elements count once."""
+    """Operands, in their order, make up whole copies of the output; those that take the same elements (copies on further
+    tensor- or expert-parallel ranks) count once."""
     by_operand: dict[int, list[Piece]] = defaultdict(list)
     for piece in output.scatter:
         by_operand[piece.slot].append(piece)
     size, copy, taken = prod(output.shape), list[Piece](), 0
-    last: object = None
+    seen: set[object] = set()
     for _, pieces in sorted(by_operand.items()):
-        shares = sorted((p.dst_off, tuple((n, d) for n, d, _ in p.dims)) for p in pieces)
-        if shares == last:
+        shares = tuple(sorted((p.dst_off, tuple((n, d) for n, d, _ in p.dims)) for p in pieces))
+        if shares in seen:
             continue
-        copy, taken, last = copy + pieces, taken + sum(map(count, pieces)), shares
+        seen.add(shares)
+        copy, taken = copy + pieces, taken + sum(map(count, pieces))
         if taken == size:
             covers(_boxes(copy, output.shape, what), output.shape, f"scatter of {what}")
             copy, taken = [], 0
-    if taken or (size and last is None):
+    if taken or (size and not seen):
         raise PlanError("elements reach no target", tensor=what, expected=f"{size} elements", actual=taken)
 
 
