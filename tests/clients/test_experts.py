@@ -6,7 +6,6 @@ import shutil
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 import shardwright as sw
@@ -56,7 +55,8 @@ def test_stacked_files_are_what_transformers_holds(case: str, hf_case: Callable[
     source = hf_case(case)
     sw.convert(source, tmp_path / "stacked", to="huggingface", spec="stacked", memory=MEMORY)
     assert_same_bits(hf_models.tensors(tmp_path / "stacked"), hf_models.tensors(_dumped(source, tmp_path / "dump")))
-    assert torch.equal(huggingface_logits(tmp_path / "stacked"), huggingface_logits(source))
+    # Equal bits, but transformers' own stack may lie differently in memory, and then another kernel multiplies it.
+    assert distance(huggingface_logits(tmp_path / "stacked"), huggingface_logits(source)) < 1e-5
 
 
 @pytest.mark.parametrize("case", CASES)

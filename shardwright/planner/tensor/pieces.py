@@ -17,6 +17,7 @@ Boundary: pure integers; no dtype, no file, no tensor.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from math import gcd, prod
 from typing import NamedTuple
 
@@ -226,9 +227,10 @@ def select(box: Box, axis: int, lo: int, hi: int) -> Iterator[Box]:
         yield _moved(box, axis, whole[0] * step, whole[0] * src)._replace(dims=(*box.dims[:index], kept, *box.dims[index + 1 :]))
     elif len(whole) == 1:
         yield _moved(box, axis, whole[0] * step, whole[0] * src)._replace(dims=rest)
-    for i in touched:
-        if i not in whole:
-            yield from select(_moved(box, axis, i * step, i * src)._replace(dims=rest), axis, lo, hi)
+    # `whole` lies inside `touched`: only its two edges are left.
+    edges = (touched[: whole[0] - touched[0]], touched[whole[-1] + 1 - touched[0] :]) if whole else (touched,)
+    for i in chain.from_iterable(edges):
+        yield from select(_moved(box, axis, i * step, i * src)._replace(dims=rest), axis, lo, hi)
 
 
 def _moved(box: Box, axis: int, by: int, src: int) -> Box:
