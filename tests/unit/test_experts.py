@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import shardwright as sw
+from shardwright.cli import main
 from shardwright.errors import (
     LayoutError,
     MissingTensorError,
@@ -213,3 +215,38 @@ def test_experts_are_those_of_the_config(sources, tmp_path):
     ref.write(tmp_path / "more", model, more, 1)
     with pytest.raises(UnknownTensorError, match=r"layers.2.block_sparse_moe.experts.12.w1.weight.*Nearest rule: .*experts\.\d+\.w1"):
         sw.plan(tmp_path / "more", to="ranks")
+
+
+def test_the_command_line(sources, tmp_path):
+    """``--ep``, ``--etp``, ``--spelling`` and ``--megatron-spec te-sequential`` say what the API says."""
+
+    def run(*words: object) -> Result:
+        return CliRunner().invoke(main, [str(word) for word in words])
+
+    model, cut = MODELS["qwen3_moe"], ExpertCut(2, 2, 1, None, 6, 1)
+    to = ("--to", "ranks", "--dialect", "megatron", "--megatron-spec", "te-sequential", "--pad-vocab-to", 4)
+    done = run("convert", sources["qwen3_moe"], tmp_path / "out", *to, "--tp", 2, "--pp", 2, "--ep", 6, "--etp", 1)
+    assert done.exit_code == 0, done.output
+    expected = moe.megatron(model.weights(), model, cut, "te-sequential", 4)
+    assert ref.differences(expected, moe.read_ranks(tmp_path / "out", cut, chunked=True)) == []
+    done = run("convert", tmp_path / "out", tmp_path / "stacked", "--to", "huggingface", "--spelling", "stacked")
+    assert done.exit_code == 0, done.output
+    assert ref.differences({0: moe.stacked(model.weights(), model)}, {0: ref.read_huggingface(tmp_path / "stacked")}) == []
+    for words, said in ((("--spelling", "stackd"), "stacked"), (("--spelling", "stacked", "--megatron-spec", "te"), "different dialects")):
+        refused = run("plan", tmp_path / "out", "--to", "huggingface", *words)
+        assert refused.exit_code == 2 and said in refused.stderr
+
+
+def test_all_layers_and_experts_share_their_programs(tmp_path):
+    """As many programs for 12 layers of 64 experts on 256 ranks as for two of each."""
+    plans = []
+    for layers, experts, layout in ((2, 2, sw.Layout()), (12, 64, sw.Layout(tp=4, pp=4, ep=16))):
+        model = Experts(layers=layers, heads=8, kv=8, hidden=64, experts=experts, expert_ffn=64, dense=(0,), vocab=64, dtype="bfloat16")
+        (tmp_path / f"{layers}.json").write_text(json.dumps(model.config()))
+        source = sw.synth(tmp_path / f"{layers}.json", tmp_path / f"{layers}", sparse=True)
+        plans.append(sw.plan(source, to="megatron-legacy", layout=layout).plan)
+    few, many = plans
+    assert len(many.programs) == len(few.programs)
+    experts = next(b for p, b in zip(many.programs, many.bindings, strict=True) if "down_proj" in p.label and "expert" in p.label)
+    assert len(experts.names) == 11 * 64 and experts.target_file.shape == (11 * 64, 4)
+    assert len(many.target_tensors) == len({(t.name, t.rank) for t in many.target_tensors})
