@@ -195,6 +195,8 @@ def test_layouts_that_make_no_sense(sources, tmp_path):
         sw.Layout(etp=0)
     with pytest.raises(UnsupportedError, match="expert tensor size of its own"):
         sw.plan(sources["mixtral"], to="megatron-legacy", layout=sw.Layout(tp=2, etp=1))
+    with pytest.raises(UnsupportedError, match="models with experts are not quantised yet"):
+        sw.plan(sources["mixtral"], to="huggingface", quantize="int8")
     dense = ref.Model(layers=1)
     ref.write(tmp_path / "dense", dense, dense.weights(), 1)
     with pytest.raises(LayoutError, match="this model has none"):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ...errors import UsageError
+from ...errors import UnsupportedError, UsageError
 from ..config import ModelConfig
 from ..formats import FORMATS
 from ..formats.base import Source
@@ -95,6 +95,8 @@ def settle_words(source: Source, request: Request) -> Words:
     scheme = None if request.quantize is None else SCHEMES.get(request.quantize)
     if scheme is not None and dialect.rows is not None:
         raise UsageError(f"dialect {dialect.name!r} has no place for quantised weights", remedy="Use --dialect huggingface")
+    if scheme is not None and source.config.fields.get("num_experts"):
+        raise UnsupportedError(f"models with experts are not quantised yet, as {scheme.name!r} does not know their names")
     padded = padded_vocab(source, request, dialect)
     fields = dict(source.config.fields)
     if not target.ranked and padded is not None:
