@@ -1,7 +1,7 @@
 """Family and dialect tables: TOML, checked on reading, turned into frozen data.
 
-1. The file is parsed and its keys are checked against a closed list; every expression is compiled by `expressions`.
-2. ``extends`` merges a table over others: fields, words and tensors by name, rows by what they hold, the rest replaced.
+1. `_toml` parses the file and merges it over the tables that it ``extends``.
+2. Keys are checked against a closed list; every expression is compiled by `expressions`.
 3. The results say what exists and how it is spelled; `passes.rows` applies them to a config and a layout.
 
 A *family* lists hub tensors: name, shape over the config, when it exists, how it is split over ranks, on which pipeline
@@ -18,7 +18,6 @@ make each expert's part. Boundary: no checkpoint, no shapes yet.
 from __future__ import annotations
 
 import ast
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TableError, UnknownFamilyError, UsageError
+from ._toml import FAMILY_KEYS, entries_of, extended, known_keys, listed, read, table_of, text_of, texts_of
 from .expressions import Expression, parse
 from .layout import SPLITS
 from .operations import OPERATIONS
@@ -163,10 +163,6 @@ class Dialect:
 FAMILIES: Registry[Family] = Registry("family", UnknownFamilyError)
 DIALECTS: Registry[Dialect] = Registry("dialect", UsageError)
 
-_FAMILY_KEYS = {
-    "name", "extends", "model_types", "architecture", "infer", "config", "tensor", "alias", "ignore", "keep_dtype",
-    "spellings", "row", "layer", "refuse",
-}  # fmt: skip
 _DIALECT_KEYS = {"name", "numbering", "kv_heads", "pad_vocab", "specs", "rows", "row", "ignore"}
 
 
@@ -178,12 +174,12 @@ def load_family(path: str | Path) -> Family:
     TableError
         Names the file, the entry and the offending text.
     """
-    return _family(_read(path), str(path))
+    return _family(read(path), str(path))
 
 
 def load_dialect(path: str | Path) -> Dialect:
     """Read a dialect table; errors as `load_family`."""
-    return _dialect(_read(path), str(path))
+    return _dialect(read(path), str(path))
 
 
 def specs_of(dialect: Dialect, family: Family) -> tuple[str, ...]:
@@ -191,30 +187,21 @@ def specs_of(dialect: Dialect, family: Family) -> tuple[str, ...]:
     return (family.spellings if dialect.rows is None else dialect.specs) or ("",)
 
 
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TableError(f"the table cannot be read ({error.strerror})", file=path) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise TableError(f"not TOML ({error})", file=path) from None
-
-
 def _family(table: dict[str, Any], origin: str) -> Family:
-    _known_keys(table, _FAMILY_KEYS, origin, "the family")
-    table = _extended(table, origin)
-    name = _text(table, "name", origin, "the family")
-    tensors = tuple(_hub_tensor(entry, f"{origin} [[tensor]] {i + 1}") for i, entry in enumerate(_entries(table, "tensor", origin)))
+    known_keys(table, FAMILY_KEYS, origin, "the family")
+    table = extended(table, origin)
+    name = text_of(table, "name", origin, "the family")
+    tensors = tuple(_hub_tensor(entry, f"{origin} [[tensor]] {i + 1}") for i, entry in enumerate(entries_of(table, "tensor", origin)))
     if not tensors:
         raise TableError("a family needs at least one [[tensor]]", file=origin)
     _unique([t.name for t in tensors], origin, "[[tensor]]")
     _unique([t.stored for t in tensors], origin, "[[tensor]] huggingface")
     known = {t.name for t in tensors}
-    aliases = tuple(_alias(entry, f"{origin} [[alias]] {i + 1}", known) for i, entry in enumerate(_entries(table, "alias", origin)))
-    rules = tuple(_config_rule(key, rule, f"{origin} [config] {key}") for key, rule in _table(table, "config", origin).items())
-    words = tuple((key, parse(text, f"{origin} [layer] {key}")) for key, text in _table(table, "layer", origin).items())
-    spellings = tuple(_texts(table, "spellings", origin))
-    rows = tuple(_row(entry, spellings, f"{origin} [[row]] {i + 1}") for i, entry in enumerate(_entries(table, "row", origin)))
+    aliases = tuple(_alias(entry, f"{origin} [[alias]] {i + 1}", known) for i, entry in enumerate(entries_of(table, "alias", origin)))
+    rules = tuple(_config_rule(key, rule, f"{origin} [config] {key}") for key, rule in table_of(table, "config", origin).items())
+    words = tuple((key, parse(text, f"{origin} [layer] {key}")) for key, text in table_of(table, "layer", origin).items())
+    spellings = tuple(texts_of(table, "spellings", origin))
+    rows = tuple(_row(entry, spellings, f"{origin} [[row]] {i + 1}") for i, entry in enumerate(entries_of(table, "row", origin)))
     for i, row in enumerate(rows):
         if unknown := set(row.hub) - known - {a.name for a in aliases}:
             raise TableError(
@@ -231,18 +218,18 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     return Family(
         name,
         origin,
-        tuple(_texts(table, "model_types", origin)),
-        _text(table, "architecture", origin, "the family"),
+        tuple(texts_of(table, "model_types", origin)),
+        text_of(table, "architecture", origin, "the family"),
         parse(table.get("infer", "false"), f"{origin} infer"),
         rules,
         tensors,
         aliases,
         _ignores(table, origin),
-        tuple(_texts(table, "keep_dtype", origin)),
+        tuple(texts_of(table, "keep_dtype", origin)),
         spellings,
         rows,
         words,
-        {name: _text(_table(table, "refuse", origin), name, origin, "[refuse]") for name in _table(table, "refuse", origin)},
+        {name: text_of(table_of(table, "refuse", origin), name, origin, "[refuse]") for name in table_of(table, "refuse", origin)},
     )
 
 
@@ -257,67 +244,9 @@ def _fields_known(expressions: Sequence[tuple[str, Expression]], fields: set[str
             )
 
 
-def _extended(table: dict[str, Any], origin: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The table over those it extends, the first of them below the others."""
-    bases = table.get("extends", [])
-    merged: dict[str, Any] = {}
-    for base in _listed(bases):
-        merged = _merged(merged, _base_table(base, origin, seen), origin)
-    return _merged(merged, table, origin)
-
-
-def _base_table(name: Any, origin: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    for folder in (Path(origin).parent, resources.files(__package__) / "families"):
-        path = Path(str(folder / f"{name}.toml"))
-        if path.is_file():
-            if str(path) in (*seen, origin):
-                raise TableError("a family extends itself", file=origin, actual=repr(name))
-            base = _read(path)
-            _known_keys(base, _FAMILY_KEYS, str(path), "the family")
-            return _extended(base, str(path), (*seen, origin))
-    raise TableError("the family it extends is not known", file=origin, actual=repr(name), remedy=f"Known: {', '.join(FAMILIES.names())}")
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any], origin: str) -> dict[str, Any]:
-    """`over` on top of `base`: fields and words by name; tensors and aliases by name, rows by what they hold in which spellings,
-    in place. Spellings that `over` does not name again are gone, with what only they have."""
-    merged = {**base, **over}
-    if "spellings" in over:
-        base = {**base, "row": [left for entry in _entries(base, "row", origin) if (left := _within(entry, over["spellings"]))]}
-    for kind in ("config", "layer", "refuse"):
-        merged[kind] = {**_table(base, kind, origin), **_table(over, kind, origin)}
-    for kind in ("tensor", "alias", "row", "ignore"):
-        mine: dict[str, list[dict[str, Any]]] = {}
-        for entry in _entries(over, kind, origin):
-            mine.setdefault(_identity(kind, entry), []).append(entry)
-        replaced, kept = set(mine), []
-        for entry in _entries(base, kind, origin):
-            at = _identity(kind, entry)
-            kept += mine.pop(at, []) if at in replaced else [entry]
-        merged[kind] = kept + [entry for own in mine.values() for entry in own]
-    return merged
-
-
-def _within(entry: dict[str, Any], spellings: Any) -> dict[str, Any] | None:
-    """The row in these spellings only; None if it is in none of them."""
-    name = entry.get("name")
-    if not isinstance(name, dict) or not isinstance(spellings, list):
-        return entry
-    left = {spelling: text for spelling, text in name.items() if spelling in spellings}
-    return {**entry, "name": left} if left else None
-
-
-def _identity(kind: str, entry: Mapping[str, Any]) -> str:
-    """What makes an entry the same in a table and in the one it extends."""
-    if kind == "row":
-        name = entry.get("name")
-        return str((entry.get("hub"), sorted(name) if isinstance(name, dict) else ""))
-    return str(entry.get("pattern" if kind == "ignore" else "name"))
-
-
 def _hub_tensor(entry: dict[str, Any], where: str) -> HubTensor:
-    _known_keys(entry, {"name", "shape", "when", "split", "stage", "huggingface"}, where, "a tensor")
-    name = _text(entry, "name", where, "a tensor")
+    known_keys(entry, {"name", "shape", "when", "split", "stage", "huggingface"}, where, "a tensor")
+    name = text_of(entry, "name", where, "a tensor")
     if not isinstance(entry.get("shape"), list):
         raise TableError("a tensor needs a shape: a list of expressions", file=where, actual=entry.get("shape"))
     stage, stored = entry.get("stage", "layer" if "{layer}" in name else "first"), entry.get("huggingface", name)
@@ -332,18 +261,11 @@ def _hub_tensor(entry: dict[str, Any], where: str) -> HubTensor:
 
 
 def _alias(entry: dict[str, Any], where: str, known: set[str]) -> Alias:
-    _known_keys(entry, {"name", "of", "when"}, where, "an alias")
-    target = _text(entry, "of", where, "an alias")
+    known_keys(entry, {"name", "of", "when"}, where, "an alias")
+    target = text_of(entry, "of", where, "an alias")
     if target not in known:
         raise TableError("an alias names a tensor that the family does not have", file=where, actual=repr(target))
-    return Alias(_text(entry, "name", where, "an alias"), target, parse(entry.get("when", "true"), f"{where} when"))
-
-
-def _table(table: Mapping[str, Any], key: str, origin: str) -> dict[str, Any]:
-    found = table.get(key, {})
-    if not isinstance(found, dict):
-        raise TableError(f"[{key}] must be a table", file=origin, actual=found)
-    return found
+    return Alias(text_of(entry, "name", where, "an alias"), target, parse(entry.get("when", "true"), f"{where} when"))
 
 
 def _config_rule(name: str, rule: Any, where: str) -> ConfigRule:
@@ -351,29 +273,25 @@ def _config_rule(name: str, rule: Any, where: str) -> ConfigRule:
         not isinstance(rule, dict)
         or not set(rule) <= {"key", "default", "value"}
         or ("value" in rule) == ("key" in rule)
-        or not all(isinstance(key, str) for key in _listed(rule.get("key", "")) or [None])
+        or not all(isinstance(key, str) for key in listed(rule.get("key", "")) or [None])
     ):
         raise TableError('a config field is { key = "…", default = "…" } or { value = "…" }', file=where, actual=rule)
-    text, keys = rule.get("value", rule.get("default")), _listed(rule.get("key", []))
+    text, keys = rule.get("value", rule.get("default")), listed(rule.get("key", []))
     return ConfigRule(name, keys[0] if keys else None, None if text is None else parse(text, where), tuple(keys[1:]))
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def _dialect(table: dict[str, Any], origin: str) -> Dialect:
-    _known_keys(table, _DIALECT_KEYS, origin, "the dialect")
-    specs = tuple(_texts(table, "specs", origin))
+    known_keys(table, _DIALECT_KEYS, origin, "the dialect")
+    specs = tuple(texts_of(table, "specs", origin))
     rows: tuple[Row, ...] | None = None
     if "rows" in table:
         _choice(table["rows"], ("family",), origin, "rows")
     else:
-        rows = tuple(_row(entry, specs, f"{origin} [[row]] {i + 1}") for i, entry in enumerate(_entries(table, "row", origin)))
+        rows = tuple(_row(entry, specs, f"{origin} [[row]] {i + 1}") for i, entry in enumerate(entries_of(table, "row", origin)))
         _unique_names(rows, specs, origin)
     pad = table.get("pad_vocab")
     return Dialect(
-        _text(table, "name", origin, "the dialect"),
+        text_of(table, "name", origin, "the dialect"),
         origin,
         _choice(table.get("numbering", "global"), ("global", "local"), origin, "numbering"),
         _choice(table.get("kv_heads", "cut"), ("cut", "replicate"), origin, "kv_heads"),
@@ -385,15 +303,15 @@ def _dialect(table: dict[str, Any], origin: str) -> Dialect:
 
 
 def _row(entry: dict[str, Any], specs: tuple[str, ...], where: str) -> Row:
-    _known_keys(entry, {"name", "hub", "layout", "split", "stage", "when"}, where, "a row")
+    known_keys(entry, {"name", "hub", "layout", "split", "stage", "when"}, where, "a row")
     name = entry.get("name")
     names = dict.fromkeys(specs or ("",), name) if isinstance(name, str) else name
     if not isinstance(names, dict) or not names or not set(names) <= set(specs or ("",)):
         raise TableError("a row needs a name, or one per spec", file=where, expected=list(specs) or "a string", actual=name)
-    hub = tuple(_texts(entry, "hub", where))
+    hub = tuple(texts_of(entry, "hub", where))
     if not hub:
         raise TableError("a row needs the hub tensors it is made of", file=where)
-    layout = tuple(_operation(text, where) for text in _texts(entry, "layout", where))
+    layout = tuple(_operation(text, where) for text in texts_of(entry, "layout", where))
     if len(hub) > 1 and not layout:
         raise TableError("a row of several hub tensors needs a layout that joins them", file=where, actual=list(hub))
     stage = entry.get("stage", "layer" if "{layer}" in hub[0] else "first")
@@ -467,37 +385,11 @@ def _choice(value: Any, known: Any, where: str, what: str) -> str:
     return value
 
 
-def _known_keys(table: Mapping[str, Any], known: set[str], where: str, what: str) -> None:
-    if unknown := sorted(set(table) - known):
-        raise TableError(f"{what} has no entry {unknown[0]!r}", file=where, remedy=f"Known: {', '.join(sorted(known))}")
-
-
-def _text(table: Mapping[str, Any], key: str, where: str, what: str) -> str:
-    value = table.get(key)
-    if not isinstance(value, str) or not value:
-        raise TableError(f"{what} needs {key!r}: a string", file=where, actual=repr(value))
-    return value
-
-
-def _texts(table: Mapping[str, Any], key: str, where: str) -> list[str]:
-    value = table.get(key, [])
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise TableError(f"{key!r} must be a list of strings", file=where, actual=repr(value))
-    return value
-
-
-def _entries(table: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]]:
-    value = table.get(key, [])
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise TableError(f"[[{key}]] must be a list of tables", file=where)
-    return value
-
-
 def _ignores(table: Mapping[str, Any], origin: str) -> tuple[Ignore, ...]:
-    entries = _entries(table, "ignore", origin)
+    entries = entries_of(table, "ignore", origin)
     for entry in entries:
-        _known_keys(entry, {"pattern", "reason"}, origin, "[[ignore]]")
-    return tuple(Ignore(_text(e, "pattern", origin, "[[ignore]]"), _text(e, "reason", origin, "[[ignore]]")) for e in entries)
+        known_keys(entry, {"pattern", "reason"}, origin, "[[ignore]]")
+    return tuple(Ignore(text_of(e, "pattern", origin, "[[ignore]]"), text_of(e, "reason", origin, "[[ignore]]")) for e in entries)
 
 
 def _unique_names(rows: Sequence[Row], specs: Sequence[str], origin: str) -> None:

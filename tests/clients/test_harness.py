@@ -267,7 +267,7 @@ def chunk_key(content: dict[str, Any]) -> None:
         (trim_tensor, "wrong shapes: .*linear_fc1"),
         (half_tensor, "stored are .*float16"),
         (forget_argument, "kv_channels"),
-        (claim_other_layout, r"args state tp, pp, vpp = \(4, 1, 1\)"),
+        (claim_other_layout, r"args state tp, pp, vpp, ep = \(4, 1, 1, 1\)"),
         (chunk_key, "model keys"),
     ],
 )

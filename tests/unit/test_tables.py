@@ -128,7 +128,7 @@ FAMILY_MISTAKES = [
     ('name = "small"', "name = 3", "my.toml", "needs 'name': a string.*actual 3"),
     ('model_types = ["small"]', 'model_types = "small"', "my.toml", "'model_types' must be a list of strings.*actual 'small'"),
     ('architecture = "SmallForCausalLM"', "", "my.toml", "needs 'architecture'"),
-    ('name = "small"', 'name = "small"\nextends = "nobody"', "my.toml", "extends is not known: .*actual 'nobody'.*Known: llama"),
+    ('name = "small"', 'name = "small"\nextends = "nobody"', "my.toml", "extends is not known: .*actual 'nobody'.*Known: .*llama"),
     ('name = "small"', 'name = "small"\nextends = 3', "my.toml", "extends"),
     ('name = "small"', 'name = "small"\nextends = "my"', "my.toml", "extends"),
     ('name = "small"', 'name = "small"\ninfer = "f()"', "my.toml infer", "Call is not allowed.*actual 'f\\(\\)'"),

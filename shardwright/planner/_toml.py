@@ -1,0 +1,143 @@
+"""Reading a table's TOML, and merging it over the tables that it extends; checked as far as that needs.
+
+1. `read` parses a file; `known_keys`, `text_of`, `texts_of`, `entries_of`, `table_of` look into the result and name what is wrong.
+2. `extended` merges: fields and words by name; tensors and aliases by name, rows by what they hold in which spellings, in
+   place; spellings that a table does not name again are gone, with what only they have; the rest is replaced.
+
+Boundary: dictionaries; what entries mean is `tables`'s business.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..errors import TableError
+
+__all__ = ["FAMILY_KEYS", "entries_of", "extended", "known_keys", "listed", "read", "table_of", "text_of", "texts_of"]
+
+FAMILY_KEYS = {
+    "name", "extends", "model_types", "architecture", "infer", "config", "tensor", "alias", "ignore", "keep_dtype",
+    "spellings", "row", "layer", "refuse",
+}  # fmt: skip
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A file's TOML.
+
+    Raises
+    ------
+    TableError
+        It cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TableError(f"the table cannot be read ({error.strerror})", file=path) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise TableError(f"not TOML ({error})", file=path) from None
+
+
+def extended(table: dict[str, Any], origin: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The table over those it extends, the first of them below the others."""
+    bases = table.get("extends", [])
+    merged: dict[str, Any] = {}
+    for base in listed(bases):
+        merged = _merged(merged, _base_table(base, origin, seen), origin)
+    return _merged(merged, table, origin)
+
+
+def _base_table(name: Any, origin: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    for folder in (Path(origin).parent, resources.files(__package__) / "families"):
+        path = Path(str(folder / f"{name}.toml"))
+        if path.is_file():
+            if str(path) in (*seen, origin):
+                raise TableError("a family extends itself", file=origin, actual=repr(name))
+            base = read(path)
+            known_keys(base, FAMILY_KEYS, str(path), "the family")
+            return extended(base, str(path), (*seen, origin))
+    known = sorted(Path(str(entry)).stem for entry in (resources.files(__package__) / "families").iterdir())
+    raise TableError("the family it extends is not known", file=origin, actual=repr(name), remedy=f"Known: {', '.join(known)}")
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any], origin: str) -> dict[str, Any]:
+    """`over` on top of `base`: fields and words by name; tensors and aliases by name, rows by what they hold in which spellings,
+    in place. Spellings that `over` does not name again are gone, with what only they have."""
+    merged = {**base, **over}
+    if "spellings" in over:
+        base = {**base, "row": [left for entry in entries_of(base, "row", origin) if (left := _within(entry, over["spellings"]))]}
+    for kind in ("config", "layer", "refuse"):
+        merged[kind] = {**table_of(base, kind, origin), **table_of(over, kind, origin)}
+    for kind in ("tensor", "alias", "row", "ignore"):
+        mine: dict[str, list[dict[str, Any]]] = {}
+        for entry in entries_of(over, kind, origin):
+            mine.setdefault(_identity(kind, entry), []).append(entry)
+        replaced, kept = set(mine), []
+        for entry in entries_of(base, kind, origin):
+            at = _identity(kind, entry)
+            kept += mine.pop(at, []) if at in replaced else [entry]
+        merged[kind] = kept + [entry for own in mine.values() for entry in own]
+    return merged
+
+
+def _within(entry: dict[str, Any], spellings: Any) -> dict[str, Any] | None:
+    """The row in these spellings only; None if it is in none of them."""
+    name = entry.get("name")
+    if not isinstance(name, dict) or not isinstance(spellings, list):
+        return entry
+    left = {spelling: text for spelling, text in name.items() if spelling in spellings}
+    return {**entry, "name": left} if left else None
+
+
+def _identity(kind: str, entry: Mapping[str, Any]) -> str:
+    """What makes an entry the same in a table and in the one it extends."""
+    if kind == "row":
+        name = entry.get("name")
+        return str((entry.get("hub"), sorted(name) if isinstance(name, dict) else ""))
+    return str(entry.get("pattern" if kind == "ignore" else "name"))
+
+
+def table_of(table: Mapping[str, Any], key: str, origin: str) -> dict[str, Any]:
+    """The sub-table under a key, empty where there is none."""
+    found = table.get(key, {})
+    if not isinstance(found, dict):
+        raise TableError(f"[{key}] must be a table", file=origin, actual=found)
+    return found
+
+
+def listed(value: Any) -> list[Any]:
+    """A list, or one value as a list of it."""
+    return value if isinstance(value, list) else [value]
+
+
+def known_keys(table: Mapping[str, Any], known: set[str], where: str, what: str) -> None:
+    """Refuse an entry that has a key which means nothing."""
+    if unknown := sorted(set(table) - known):
+        raise TableError(f"{what} has no entry {unknown[0]!r}", file=where, remedy=f"Known: {', '.join(sorted(known))}")
+
+
+def text_of(table: Mapping[str, Any], key: str, where: str, what: str) -> str:
+    """A string that must be there."""
+    value = table.get(key)
+    if not isinstance(value, str) or not value:
+        raise TableError(f"{what} needs {key!r}: a string", file=where, actual=repr(value))
+    return value
+
+
+def texts_of(table: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """A list of strings, empty where there is none."""
+    value = table.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise TableError(f"{key!r} must be a list of strings", file=where, actual=repr(value))
+    return value
+
+
+def entries_of(table: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]]:
+    """An array of tables, empty where there is none."""
+    value = table.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise TableError(f"[[{key}]] must be a list of tables", file=where)
+    return value
