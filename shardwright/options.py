@@ -55,6 +55,7 @@ target_options = _options(
     click.option("--megatron-spec", type=click.Choice(["te", "local"]), help="Megatron layer spec whose names are written (default te)."),
     click.option("--trust-replicas", is_flag=True, help="Do not read and compare copies."),
     click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out stored tensors of that name."),
+    click.option("--sha256", is_flag=True, help="Record each file's SHA-256, too: reads the finished target once more."),
     source_options,
     bounds_options,
 )
@@ -88,6 +89,7 @@ def job_of(src: str, out: str | None, options: dict[str, Any]) -> Conversion:
         pad_vocab_to=options["pad_vocab_to"],
         trust_replicas=options["trust_replicas"],
         drop=options["drop"],
+        sha256=options["sha256"],
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Lock
 
 from ..errors import RunError
+from . import system
 
 __all__ = ["Descriptors", "descriptor_limit", "failed", "sync_path"]
 
@@ -97,7 +98,7 @@ def sync_path(path: Path) -> None:
     """Flush a file or directory to its device."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        system.sync(fd)
     except OSError as error:
         raise failed(error, path, "syncing") from error
     finally:

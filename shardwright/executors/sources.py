@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -11,13 +11,15 @@ from pathlib import Path
 
 from ..errors import PlanError, RunError
 from ..planner.plan import SourceFile
+from . import system
 from .descriptors import Descriptors, failed
 from .transfer import Read
 
-__all__ = ["SourceFiles", "check_unchanged", "unchecked"]
+__all__ = ["SourceFiles", "changed", "check_unchanged", "unchecked"]
 
 CALL_BYTES = 4 << 20
 """Longest single read."""
+_RESTORE = "Put the file back as it was, with its time, and resume; or start over with --fresh"
 
 
 def unchecked(path: str) -> SourceFile:
@@ -38,17 +40,25 @@ def check_unchanged(root: str | os.PathLike[str], files: Sequence[SourceFile]) -
             found = os.stat(Path(root) / file.path)
         except OSError as error:
             raise PlanError(f"a source file cannot be found ({error.strerror})", file=Path(root) / file.path, remedy="Plan again") from None
-        _compare(file, found)
+        if (what := changed(file, found.st_size, found.st_mtime_ns)) is not None:
+            expected, actual = what
+            raise PlanError(
+                "a source file has changed since it was planned", file=file.path, expected=expected, actual=actual, remedy="Plan again"
+            )
 
 
-def _compare(file: SourceFile, found: os.stat_result) -> None:
-    if file.nbytes < 0 or (found.st_size, found.st_mtime_ns) == (file.nbytes, file.mtime_ns):
-        return
-    if found.st_size != file.nbytes:
-        expected, actual = f"{file.nbytes} bytes", f"{found.st_size} bytes"
-    else:
-        expected, actual = (f"modified {_when(ns)}" for ns in (file.mtime_ns, found.st_mtime_ns))
-    raise PlanError("a source file has changed since it was planned", file=file.path, expected=expected, actual=actual, remedy="Plan again")
+def changed(file: SourceFile, nbytes: int, mtime_ns: int) -> tuple[str, str] | None:
+    """What has changed of a source file, as expected and actual; None if nothing has."""
+    if file.nbytes < 0 or (nbytes, mtime_ns) == (file.nbytes, file.mtime_ns):
+        return None
+    if nbytes != file.nbytes:
+        return f"{file.nbytes} bytes", f"{nbytes} bytes"
+    return f"modified {_when(file.mtime_ns)}", f"modified {_when(mtime_ns)}"
+
+
+def _compare_in_flight(file: SourceFile, found: os.stat_result) -> None:
+    if (what := changed(file, found.st_size, found.st_mtime_ns)) is not None:
+        raise RunError("a source file changed during the run", file=file.path, expected=what[0], actual=what[1], remedy=_RESTORE)
 
 
 def _when(ns: int) -> str:
@@ -79,10 +89,9 @@ class SourceFiles:
 
         Raises
         ------
-        PlanError
-            The file is not the one that was planned for; found when it is first opened.
         RunError
-            The file ends early, or the system reports an error.
+            The file is not the one that was planned for (found when it is opened), it ends early, or the system
+            reports an error.
         """
         with self._descriptors.use(number) as fd:
             try:
@@ -95,6 +104,22 @@ class SourceFiles:
         with self.reading(number) as read:
             read(offset, buffers)
 
+    def check(self, numbers: Iterable[int]) -> None:
+        """These files are still what they were when they were planned for.
+
+        Raises
+        ------
+        RunError
+            Names the first that is not, and what changed.
+        """
+        for number in numbers:
+            file = self.files[number]
+            try:
+                found = os.stat(self.root / file.path)
+            except OSError as error:
+                raise RunError(f"a source file is gone ({error.strerror})", file=file.path, remedy=_RESTORE) from error
+            _compare_in_flight(file, found)
+
     def close(self) -> None:
         """Close every file; a later read opens it again."""
         self._descriptors.close()
@@ -103,7 +128,7 @@ class SourceFiles:
         if len(buffers) == 1:
             self._fill(fd, number, offset, buffers[0])
             return
-        got = os.preadv(fd, buffers, offset)
+        got = system.preadv(fd, buffers, offset)
         for buffer in buffers if got < sum(map(len, buffers)) else ():
             # A short vectored read: whatever is not in place yet is read plainly.
             if got < len(buffer):
@@ -113,7 +138,7 @@ class SourceFiles:
     def _fill(self, fd: int, number: int, offset: int, buffer: memoryview) -> None:
         at = 0
         while at < len(buffer):
-            got = os.preadv(fd, (buffer[at : at + CALL_BYTES],), offset + at)
+            got = system.preadv(fd, (buffer[at : at + CALL_BYTES],), offset + at)
             if not got:
                 raise RunError(
                     "the source shrank while it was read",
@@ -128,12 +153,12 @@ class SourceFiles:
         try:
             fd = os.open(self.root / file.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise PlanError("a source file is missing", file=file.path, remedy="Plan again") from None
+            raise RunError("a source file is missing", file=file.path, remedy=_RESTORE) from None
         except OSError as error:
             raise failed(error, file.path, "opening") from error
         try:
-            _compare(file, os.fstat(fd))
-        except PlanError:
+            _compare_in_flight(file, os.fstat(fd))
+        except RunError:
             os.close(fd)
             raise
         return fd

@@ -34,6 +34,7 @@ MAX_AXES = 8
 AXIS_LIMIT = 1 << 26
 """Longest axis of a pivot: deciding whether two strided boxes meet lists the coordinates of an axis."""
 _FREE_STEPS = 1_000_000
+_DIGITS = {"crc32": 8, "sha256": 64}
 _STEPS_PER_PIECE = 64
 
 Shape = tuple[int, ...]
@@ -55,6 +56,7 @@ def coherent(plan: Plan) -> None:
             _tensor_inside(tensor, sizes[tensor.file], f"{where}[{i}]")
     for file in plan.target_files:
         _static(file)
+        _seals(file, plan)
     kernels = {"shardwright.executors.kernels:cast", *(scheme.kernel for scheme in SCHEMES)}
     for number, (program, bound) in enumerate(zip(plan.programs, plan.bindings, strict=True)):
         _program(program, bound, f"programs[{number}]", kernels)
@@ -106,6 +108,19 @@ def _static(file: TargetFile) -> None:
             k = bisect_right(starts, patch) - 1
             if k < 0 or patch + 4 > starts[k] + len(file.static[k][1]):
                 fail("target_files.crcs", "patches bytes that are not static", actual=f"{file.path} at {patch}")
+
+
+def _seals(file: TargetFile, plan: Plan) -> None:
+    """Digits go over static bytes; what is sealed is another file, which seals nothing."""
+    starts = [offset for offset, _ in file.static]
+    for seal in file.seals:
+        k = bisect_right(starts, seal.offset) - 1
+        if k < 0 or seal.offset + _DIGITS[seal.kind] > starts[k] + len(file.static[k][1]):
+            fail("target_files.seals", "writes over bytes that are not static", actual=f"{file.path} at {seal.offset}")
+        if seal.file >= len(plan.target_files) + len(plan.copies):
+            fail("target_files.seals", "seals a file that there is not", actual=seal.file)
+        if seal.file < len(plan.target_files) and plan.target_files[seal.file].seals:
+            fail("target_files.seals", "seals a file that holds seals", actual=plan.target_files[seal.file].path)
 
 
 def _program(program: Program, bound: Bindings, where: str, kernels: set[str]) -> None:

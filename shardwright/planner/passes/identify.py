@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from json.encoder import encode_basestring_ascii
 
 from ..formats.base import Filing, Source, Unit
 from ..identity import FILE_NAME, SCHEMA
-from ..plan import PLAN_FORMAT, Plan, TargetFile
+from ..plan import PLAN_FORMAT, Plan, Seal, TargetFile
 from .request import Request, Words
 from .sides import TargetSide
 
@@ -49,8 +50,30 @@ def with_identity(plan: Plan, source: Source, request: Request, words: Words, wa
         "dropped": [asdict(d) for d in plan.dropped],
     }
     text = json.dumps(made, sort_keys=False, default=str)
-    data = f'{text[:-1]}, "tensors": {_tensor_table(plan, wanted, filing)}}}\n'.encode()
-    return replace(plan, target_files=(*plan.target_files, TargetFile(FILE_NAME, len(data), ((0, data),))))
+    head = f'{text[:-1]}, "tensors": {_tensor_table(plan, wanted, filing)}, "checksums": '.encode()
+    table, seals = _checksum_table(plan, {"crc32": 8, **({"sha256": 64} if request.sha256 else {})}, len(head))
+    data = b"".join((head, table, b"}\n"))
+    return replace(plan, target_files=(*plan.target_files, TargetFile(FILE_NAME, len(data), ((0, data),), (), seals)))
+
+
+def _checksum_table(plan: Plan, kinds: Mapping[str, int], start: int) -> tuple[bytes, tuple[Seal, ...]]:
+    """``{kind: {path: digits}}`` with zeros for digits, and where each file's digits begin; `start` is the table's own place."""
+    paths = [json.dumps(path) for path in (*(f.path for f in plan.target_files), *(to for _, to in plan.copies))]
+    parts, seals, at = [b"{"], [], start + 1
+
+    def put(text: str) -> None:
+        nonlocal at
+        parts.append(text.encode())
+        at += len(parts[-1])
+
+    for number, (kind, digits) in enumerate(kinds.items()):
+        put(f'{", " if number else ""}"{kind}": {{')
+        for file, path in enumerate(paths):
+            put(f'{", " if file else ""}{path}: "')
+            seals.append(Seal(kind, file, at))
+            put(f'{"0" * digits}"')
+        put("}")
+    return b"".join((*parts, b"}")), tuple(seals)
 
 
 def _tensor_table(plan: Plan, wanted: TargetSide, filing: Filing) -> str:

@@ -7,7 +7,7 @@ sense; `casts` says which dtype a stored tensor gets. Boundary: pure.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -44,6 +44,8 @@ class Request:
         Do not read and compare copies.
     drop
         Patterns of stored names to leave out.
+    sha256
+        Record each file's SHA-256, too; the finished target is read once more for it.
     """
 
     to: str
@@ -57,6 +59,7 @@ class Request:
     pad_vocab_to: int | None = None
     trust_replicas: bool = False
     drop: tuple[str, ...] = ()
+    sha256: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -64,8 +67,9 @@ class Request:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Request:
-        """The request of `to_json`."""
-        return cls(**{**values, "layout": Layout.from_json(values["layout"]), "drop": tuple(values["drop"])})
+        """The request that a recipe holds: of `to_json`, or of an older version that knew fewer fields."""
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        return cls(**{**known, "layout": Layout.from_json(values["layout"]), "drop": tuple(values["drop"])})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,120 @@
+"""The last bytes of a target: what can only be written when all the others are.
+
+1. Each container's checksums of data are patched in, and the CRC-32 of every file is put together from its extents: no
+   byte is read again for it.
+2. Small files are carried over, their CRC-32 taken on the way.
+3. SHA-256, where it was asked for, reads every finished file once more.
+4. The sums go, in hexadecimal, to the places that the plan keeps for them in ``shardwright.json``.
+
+Everything here can be done again: a run that resumes after step 4 begins with step 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ..errors import RunError
+from ..planner.plan import Plan
+from . import system
+from .checksums import crc32
+from .descriptors import failed
+from .extents import Checksums
+from .stopping import Stop
+from .targets import TargetFiles
+
+__all__ = ["file_crc32", "file_sha256", "seal"]
+
+BLOCK_BYTES = 1 << 20
+
+
+def seal(plan: Plan, targets: TargetFiles, checksums: Checksums, workers: int, stop: Stop) -> int:
+    """Write what is left; bytes that were read again.
+
+    Raises
+    ------
+    ContradictionError
+        Some byte of a file was never written.
+    RunError
+        The system reports an error, or the run is stopped.
+    """
+    files = len(plan.target_files)
+    wanted = [seal for file in plan.target_files for seal in file.seals]
+    crcs: dict[int, int] = {}
+    for number, file in enumerate(plan.target_files):
+        stop.raise_cause()
+        if not file.seals:
+            crcs[number], patches = checksums.seal(number)
+            with targets.writing(number) as write:
+                for offset, patch in patches:
+                    write(offset, memoryview(patch))
+    for number, (source, target) in enumerate(plan.copies):
+        stop.raise_cause()
+        crcs[files + number] = _copy(Path(plan.source_root) / source, targets.root / target, source)
+    paths = [targets.root / file.path for file in plan.target_files] + [targets.root / target for _, target in plan.copies]
+    hashed = sorted({seal.file for seal in wanted if seal.kind == "sha256"})
+    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="sha256") as pool:
+        digests = dict(zip(hashed, pool.map(lambda number: file_sha256(paths[number], stop), hashed), strict=True))
+    for number, file in enumerate(plan.target_files):
+        with targets.writing(number) as write:
+            for place in file.seals:
+                text = digests[place.file] if place.kind == "sha256" else f"{crcs[place.file]:08x}"
+                write(place.offset, memoryview(text.encode()))
+    return sum(paths[number].stat().st_size for number in hashed)
+
+
+def _copy(source: Path, target: Path, name: str) -> int:
+    """Carry a small file over, synced; its CRC-32."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(source, "rb") as reading, open(target, "wb", buffering=0) as writing:
+            crc = at = 0
+            while block := memoryview(reading.read(BLOCK_BYTES)):
+                crc = crc32(block, crc)
+                while block:
+                    written = system.pwrite(writing.fileno(), block, at)
+                    block, at = block[written:], at + written
+            system.sync(writing.fileno())
+            return crc
+    except FileNotFoundError:
+        raise RunError("a file to be carried over is missing", file=name) from None
+    except OSError as error:
+        raise failed(error, name, "copying") from error
+
+
+def file_crc32(path: Path, stop: Stop) -> str:
+    """CRC-32 of a file in hexadecimal, as in ``shardwright.json``."""
+    crc = 0
+
+    def update(block: memoryview) -> None:
+        nonlocal crc
+        crc = crc32(block, crc)
+
+    _read(path, update, stop)
+    return f"{crc:08x}"
+
+
+def file_sha256(path: Path, stop: Stop) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    _read(path, digest.update, stop)
+    return digest.hexdigest()
+
+
+def _read(path: Path, update: Callable[[memoryview], None], stop: Stop) -> None:
+    block = memoryview(bytearray(BLOCK_BYTES))
+    at = 0
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while got := system.preadv(fd, (block,), at):
+                stop.raise_cause()
+                update(block[:got])
+                at += got
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise failed(error, path, "reading") from error
