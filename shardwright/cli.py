@@ -84,7 +84,8 @@ def _fail(error: BaseException, kind: str, text: str, wants_json: bool, code: in
         _print({"error": {"type": kind, "message": text, **fields}})
     _say(f"[bold red]{kind}[/bold red] {_plain(text)}")
     if isinstance(error, RunError) and error.partial is not None:
-        _say(f"Nothing is lost: what is done is in {_plain(error.partial)}. Resume with")
+        done, all_tiles = error.tiles
+        _say(f"Nothing is lost: {done} of {all_tiles} tiles are done, in {_plain(error.partial)}. Resume with")
         _say(f"  {_plain(_resume_command())}")
     sys.exit(code)
 
@@ -341,15 +342,15 @@ def verify(out: str, src: str | None, as_json: bool, **options: Any) -> None:
                 _say(f"[red]{what}[/red] … {len(names) - 20} more")
         if not as_json:
             raise VerificationError(
-                f"{len(found.different) + len(found.missing) + len(found.extra)} of {found.tensors} tensors differ", file=out
+                f"{len(found.different) + len(found.missing) + len(found.extra)} differences at level {found.level}", file=out
             )
         sys.exit(4)
     if not as_json:
-        what = (
-            "every byte equals what the source gives"
-            if found.level == "values"
-            else "names, dtypes and shapes fit (give SRC to compare values)"
-        )
+        what = {
+            "values": "every byte equals what the source gives",
+            "bytes": "every file has the checksums that were recorded when it was written",
+            "names": "names, dtypes and shapes fit (no checksums are recorded; give SRC to compare values)",
+        }[found.level]
         _say(f"[green]verified[/green] {found.tensors} tensors: {what}")
 
 

@@ -248,11 +248,13 @@ class VerificationError(ContradictionError, AssertionError):
 class RunError(ShardwrightError, RuntimeError):
     """Failed while running; the target was not published.
 
-    `partial` is the folder from which the same conversion can be resumed, once there is one.
+    `partial` is the folder from which the same conversion can be resumed, once there is one, and `tiles` how many of its
+    tiles are done, of how many.
     """
 
     exit_code = 5
     partial: str | None = None
+    tiles: tuple[int, int] = (0, 0)
 
 
 class StoppedError(RunError):

@@ -181,6 +181,7 @@ def _fill(publication: Publication, fitted: Fit, cluster: Cluster | None, progre
     try:
         if publication.left is None:
             targets.create()
+            targets.sync()  # a file that lost its size could not be resumed
         else:
             targets.reopen()
         journal = publication.begin()
@@ -192,11 +193,15 @@ def _fill(publication: Publication, fitted: Fit, cluster: Cluster | None, progre
         tiles = [tile for tile in range(len(plan.tiles)) if tile not in done]
         # A cluster's workers have synced and checked before they hand in a tile.
         durable = (_nothing, _nothing) if cluster else (targets.sync, sources.check)
-        with Ledger(journal, checksums, stop, sync=durable[0], check=durable[1]) as ledger:
-            if cluster is None:
-                run(plan, sources, targets, fitted, tiles=tiles, finished=ledger.finished, progress=progress, stop=stop)
-            else:
-                cluster.run(plan, targets.root, fitted, tiles=tiles, finished=ledger.finished, progress=progress, stop=stop)
+        ledger = Ledger(journal, checksums, stop, sync=durable[0], check=durable[1])
+        try:
+            with ledger:
+                if cluster is None:
+                    run(plan, sources, targets, fitted, tiles=tiles, finished=ledger.finished, progress=progress, stop=stop)
+                else:
+                    cluster.run(plan, targets.root, fitted, tiles=tiles, finished=ledger.finished, progress=progress, stop=stop)
+        finally:
+            publication.finished = ledger.tiles
         stop.raise_cause()
         ledger.total.bytes_read += seal(plan, targets, checksums, fitted.workers, stop)
         targets.sync()

@@ -55,6 +55,8 @@ class Publication:
         Where its files are written.
     left
         What an earlier run left, if this one resumes.
+    finished
+        Tiles that this run has journaled.
     notes
         What the user should be told.
     """
@@ -65,6 +67,7 @@ class Publication:
         self.data = self.partial / "data"
         self.plan = plan
         self.left: Left | None = None
+        self.finished = 0
         self.notes: tuple[str, ...] = ()
         self._lock = lock
         self._journal: Journal | None = None
@@ -89,6 +92,7 @@ class Publication:
             return
         if isinstance(error, RunError):
             error.partial = str(self.partial)
+            error.tiles = len(self.done) + self.finished, len(self.plan.tiles)
         os.close(self._lock)
         self._ended = True
 
@@ -109,6 +113,7 @@ class Publication:
             refuse(self.out, self.plan, overwrite=overwrite)
             self.data.mkdir()
             codec.save(self.plan, self.partial / "plan.json", target_root=str(self.out))
+            sync_path(self.partial)  # before there is a journal, which means nothing without its plan
         except OSError as error:
             raise as_ours(error) from error
 
@@ -125,6 +130,7 @@ class Publication:
         path = self.partial / "journal"
         if self.left is None:
             self._journal = Journal.create(path, plan_hash(self.plan))
+            sync_path(self.out.parent)  # where OUT.partial itself is an entry
         else:
             self._journal = Journal.resume(path, self.left.recorded.nbytes)
         self._begun = True

@@ -11,10 +11,6 @@ Everything here can be done again: a run that resumes after step 4 begins with s
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import RunError
@@ -22,11 +18,12 @@ from ..planner.plan import Plan
 from . import system
 from .checksums import crc32
 from .descriptors import failed
+from .digests import digests_of
 from .extents import Checksums
 from .stopping import Stop
 from .targets import TargetFiles
 
-__all__ = ["file_crc32", "file_sha256", "seal"]
+__all__ = ["seal"]
 
 BLOCK_BYTES = 1 << 20
 
@@ -42,7 +39,6 @@ def seal(plan: Plan, targets: TargetFiles, checksums: Checksums, workers: int, s
         The system reports an error, or the run is stopped.
     """
     files = len(plan.target_files)
-    wanted = [seal for file in plan.target_files for seal in file.seals]
     crcs: dict[int, int] = {}
     for number, file in enumerate(plan.target_files):
         stop.raise_cause()
@@ -54,16 +50,15 @@ def seal(plan: Plan, targets: TargetFiles, checksums: Checksums, workers: int, s
     for number, (source, target) in enumerate(plan.copies):
         stop.raise_cause()
         crcs[files + number] = _copy(Path(plan.source_root) / source, targets.root / target, source)
-    paths = [targets.root / file.path for file in plan.target_files] + [targets.root / target for _, target in plan.copies]
-    hashed = sorted({seal.file for seal in wanted if seal.kind == "sha256"})
-    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="sha256") as pool:
-        digests = dict(zip(hashed, pool.map(lambda number: file_sha256(paths[number], stop), hashed), strict=True))
+    paths = [file.path for file in plan.target_files] + [target for _, target in plan.copies]
+    hashed = [paths[place.file] for file in plan.target_files for place in file.seals if place.kind == "sha256"]
+    digests = digests_of(targets.root, dict.fromkeys(hashed, ("sha256",)), workers=workers, stop=stop)
     for number, file in enumerate(plan.target_files):
         with targets.writing(number) as write:
             for place in file.seals:
-                text = digests[place.file] if place.kind == "sha256" else f"{crcs[place.file]:08x}"
+                text = digests[paths[place.file]]["sha256"] if place.kind == "sha256" else f"{crcs[place.file]:08x}"
                 write(place.offset, memoryview(text.encode()))
-    return sum(paths[number].stat().st_size for number in hashed)
+    return sum((targets.root / path).stat().st_size for path in hashed)
 
 
 def _copy(source: Path, target: Path, name: str) -> int:
@@ -83,38 +78,3 @@ def _copy(source: Path, target: Path, name: str) -> int:
         raise RunError("a file to be carried over is missing", file=name) from None
     except OSError as error:
         raise failed(error, name, "copying") from error
-
-
-def file_crc32(path: Path, stop: Stop) -> str:
-    """CRC-32 of a file in hexadecimal, as in ``shardwright.json``."""
-    crc = 0
-
-    def update(block: memoryview) -> None:
-        nonlocal crc
-        crc = crc32(block, crc)
-
-    _read(path, update, stop)
-    return f"{crc:08x}"
-
-
-def file_sha256(path: Path, stop: Stop) -> str:
-    """SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    _read(path, digest.update, stop)
-    return digest.hexdigest()
-
-
-def _read(path: Path, update: Callable[[memoryview], None], stop: Stop) -> None:
-    block = memoryview(bytearray(BLOCK_BYTES))
-    at = 0
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            while got := system.preadv(fd, (block,), at):
-                stop.raise_cause()
-                update(block[:got])
-                at += got
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise failed(error, path, "reading") from error
