@@ -31,7 +31,8 @@ def run_of(gigabytes: int, folder: Path) -> Path:
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8192, "intermediate_size": 22016,
         "num_hidden_layers": layers, "num_attention_heads": 64, "num_key_value_heads": 64, "vocab_size": 32000, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "bfloat16",
+        "rope_theta": 10000.0, "max_position_embeddings": 4096,
+        "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "bfloat16",
     }  # fmt: skip
     file = folder / "config.json"
     file.write_text(json.dumps(config))
