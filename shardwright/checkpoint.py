@@ -22,10 +22,11 @@ from .planner.formats.base import Hints, Source
 from .planner.identity import FILE_NAME, read_object
 from .planner.layout import Layout
 from .planner.passes.build import read_side
-from .planner.passes.request import Request, castable, padded_vocab
+from .planner.passes.request import castable, padded_vocab
 from .planner.passes.rows import expand
 from .planner.passes.sides import SourceSide, stored_bytes
 from .planner.passes.view import View, hub_view, rank_views
+from .planner.request import Request
 from .planner.store import LocalStore
 from .planner.tables import DIALECTS, FAMILIES, Family, load_family
 from .planner.tensor.dtypes import dtype as dtype_of

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import Checkpoint, PathLike, open
 from .errors import ReplicaMismatchError, UsageError
 from .planner.cost import cost, figures
+from .planner.fingerprint import plan_hash
 from .planner.identity import FILE_NAME, read_identity
 from .planner.layout import Layout
 from .planner.passes.build import build
 from .planner.passes.check import check
-from .planner.passes.identify import plan_hash
-from .planner.passes.request import Request
 from .planner.plan import Cost, Plan
+from .planner.request import Request
 from .planner.store import LocalStore
 from .sizes import parse_size
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["rate", "show_checkpoint", "show_plan", "size"]
+__all__ = ["rate", "show_checkpoint", "show_diff", "show_plan", "size"]
 
 
 def size(nbytes: float) -> str:
@@ -92,6 +92,60 @@ def show_checkpoint(found: dict[str, Any]) -> None:
         console.print(
             f"{tensor['rank']:5}  {tensor['dtype']:10} {escape(tensor['shape'].__str__()):20} {escape(tensor['name'])}", soft_wrap=True
         )
+
+
+_LISTED = 20
+"""Entries of one kind that are listed; --json has them all."""
+
+
+def show_diff(found: dict[str, Any]) -> None:
+    """What `diff` found (as its JSON object), on standard output: what the sides are, what does not count, what does."""
+    console = Console(highlight=False)
+    table = _table()
+    for label, side in zip("AB", found["sides"], strict=True):
+        what = f"{side['format']}, dialect {side['dialect']}, container {side['container']}, {axes(side['layout'])}, {side['family']}"
+        padded = f", vocabulary padded to {side['padded_vocab']} rows" if side["padded_vocab"] else ""
+        quantised = f", quantised {side['quantization']}" if side["quantization"] else ""
+        table.add_row(label, f"{escape(side['path'])}: {what}{quantised}{padded}")
+    console.print(table)
+    _list(console, "[yellow]config[/yellow]", [f"{c['field']}: {c['values'][0]} in A, {c['values'][1]} in B" for c in found["config"]])
+    for label, side in zip("AB", found["sides"], strict=True):
+        _list(console, f"[yellow]not compared[/yellow] in {label}", [f"{d['name']}: {d['reason']}" for d in side["dropped"]])
+    _list(console, "[yellow]within the tolerance[/yellow]", [_difference(entry) for entry in found["within"]])
+    _list(console, "[red]only in A[/red]", found["missing"])
+    _list(console, "[red]only in B[/red]", found["extra"])
+    _list(console, "[red]copies differ[/red]", [f"{c['name']} in {c['path']}, first at {tuple(c['index'])}" for c in found["copies"]])
+    _list(console, "[red]different[/red]", [_difference(entry) for entry in found["different"]])
+    ok = not (found["different"] or found["missing"] or found["extra"] or found["copies"])
+    close = f", {len(found['within'])} within the tolerance" if found["within"] else ""
+    verdict = "[green]equal[/green]" if ok else "[red]different[/red]"
+    console.print(f"{verdict}: {found['equal']:,} of {_count(found['tensors'], 'tensor')} are equal{close}", soft_wrap=True)
+
+
+def _list(console: Console, label: str, lines: list[str]) -> None:
+    for line in lines[:_LISTED]:
+        console.print(f"{label} {escape(line)}", soft_wrap=True)
+    if len(lines) > _LISTED:
+        console.print(f"{label} … {len(lines) - _LISTED:,} more (--json lists them)", soft_wrap=True)
+
+
+def _difference(entry: dict[str, Any]) -> str:
+    """One tensor: ``name: bfloat16 and float32; 3 of 4,096 elements, first at (1, 6): 0.25 and 0.5; …``."""
+    parts = []
+    for what in ("shape", "dtype"):
+        if what in entry["what"]:
+            one, two = entry[f"{what}s"]
+            parts.append(f"{what} {tuple(one)} and {tuple(two)}" if what == "shape" else f"{one} and {two}")
+    if first := entry["first"]:
+        one, two = first["values"]
+        parts.append(f"{entry['differing']:,} of {entry['elements']:,} elements, first at {tuple(first['index'])}: {one} and {two}")
+    if at := entry["largest_at"]:
+        parts.append(f"largest difference {entry['largest']} at {tuple(at['index'])}, relative {entry['relative']}")
+    elif first:
+        parts.append("values equal, bits not")
+    elif "values" not in entry["what"] and "shape" not in entry["what"]:
+        parts.append("values equal")
+    return f"{entry['name']}: {'; '.join(parts)}"
 
 
 def _table() -> Table:

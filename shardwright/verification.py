@@ -20,7 +20,7 @@ from .errors import CheckpointError
 from .planner.identity import FILE_NAME, read_identity
 from .planner.passes.build import read_names
 from .planner.passes.locate import locate
-from .planner.passes.request import Request
+from .planner.request import Request
 from .planner.tables import Family
 
 if TYPE_CHECKING:

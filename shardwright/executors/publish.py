@@ -26,9 +26,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import ContradictionError, DiskSpaceError, RunError, TargetError, TargetExistsError
+from ..errors import ContradictionError, DiskSpaceError, Refusal, RunError, ShardwrightError, TargetError, TargetExistsError
 from ..planner import codec
-from ..planner.passes.identify import plan_hash
+from ..planner.fingerprint import plan_hash
 from ..planner.plan import Plan
 from . import system
 from .descriptors import failed, sync_path
@@ -114,13 +114,16 @@ class Publication:
             self.data.mkdir()
             codec.save(self.plan, self.partial / "plan.json", target_root=str(self.out))
             sync_path(self.partial)  # before there is a journal, which means nothing without its plan
+        except ShardwrightError:
+            raise
         except OSError as error:
             raise as_ours(error) from error
 
     def tidy(self) -> None:
-        """Remove what is left, if OUT is published."""
+        """Remove what is left, if OUT is published or nobody can resume it."""
         self._begun = True
         left = inspect(self.partial, self.out, self.plan)
+        self._begun = left is not None
         if left is not None and left.published:
             self.left = left
             self.publish()
@@ -224,10 +227,14 @@ def tidy(out: Path, plan: Plan) -> None:
     """Remove what a run that ended between publishing OUT and cleaning up has left; anything else stays."""
     out = Path(os.path.abspath(out))
     partial = partial_of(out)
-    if not (partial / "journal").is_file():
+    if not partial.exists():
         return
-    with Publication(out, _lock(partial, out), plan) as publication:
-        publication.tidy()
+    try:
+        _refuse_strange(partial)
+        with Publication(out, _lock(partial, out), plan) as publication:
+            publication.tidy()
+    except Refusal:
+        return  # somebody else's folder, or another conversion that is running or can be resumed
 
 
 def partial_of(out: Path) -> Path:

@@ -13,6 +13,7 @@ Boundary: reads; nothing is changed here.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,10 +22,10 @@ from typing import Any
 
 from ..errors import PlanError, RunError, TargetError
 from ..planner import codec
+from ..planner.fingerprint import plan_hash
 from ..planner.identity import read_identity
-from ..planner.passes.identify import plan_hash
-from ..planner.passes.request import Request
 from ..planner.plan import Plan
+from ..planner.request import Request
 from ..planner.store import LocalStore
 from .journal import Recorded, parse
 from .sources import changed
@@ -70,11 +71,7 @@ def inspect(partial: Path, out: Path, plan: Plan) -> Left | None:
     if not journal.is_file():
         return None
     saved = _saved(partial / "plan.json")
-    try:
-        data = journal.read_bytes()
-    except OSError as error:
-        raise RunError(f"the journal cannot be read ({error.strerror})", file=journal) from error
-    recorded = parse(data, len(saved.tiles), saved.target_files, file=journal)
+    recorded = _recorded(journal, saved)
     if not recorded.plan_hash:
         return None
     if recorded.plan_hash != plan_hash(saved):
@@ -89,6 +86,17 @@ def inspect(partial: Path, out: Path, plan: Plan) -> Left | None:
     if _inode(partial / "data") == recorded.publishing:
         return Left(saved, recorded, whole=True)
     raise TargetError("an earlier run was publishing, and its files have been moved since", file=partial, remedy=_FRESH)
+
+
+def _recorded(path: Path, plan: Plan) -> Recorded:
+    try:
+        with open(path, "rb") as stream:
+            # Mapped, for what lies behind the last whole line may be of any size.
+            size = os.fstat(stream.fileno()).st_size
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    except OSError as error:
+        raise RunError(f"the journal cannot be read ({error.strerror})", file=path) from error
+    return parse(data, len(plan.tiles), plan.target_files, file=path)
 
 
 def _inode(path: Path) -> int | None:

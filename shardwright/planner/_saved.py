@@ -18,10 +18,10 @@ import numpy as np
 from ._coherent import AXIS_LIMIT, MAX_AXES, coherent
 from ._strict import LIMIT, column, fail, flag, index_column, items, path, pick, plain, record, text, texts, unpack, whole
 from .containers.base import Crc
+from .fingerprint import plan_hash
 from .layout import Layout
-from .passes.identify import plan_hash
-from .passes.request import Request
 from .plan import PLAN_FORMAT, Bindings, Dropped, Ints, Output, Plan, Program, Seal, SourceFile, TargetFile, TensorEntry, Tiles, ValueOp
+from .request import Request
 from .tensor.dtypes import BY_NAME
 from .tensor.pieces import Piece
 

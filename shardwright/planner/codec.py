@@ -33,8 +33,8 @@ from typing import Any
 from ..errors import PlanError
 from ._saved import SEAL_KINDS, TENSOR_COLUMNS, TILE_COLUMNS, SavedPlan, read
 from .containers._untrusted import STRICT
+from .fingerprint import plan_hash
 from .passes.check import check
-from .passes.identify import plan_hash
 from .plan import PLAN_FORMAT, Bindings, Plan, Program, TargetFile, TensorEntry, Tiles
 from .tensor.pieces import Piece
 

@@ -25,8 +25,8 @@ from shardwright.executors import execute as execute_module
 from shardwright.executors.targets import TargetFiles
 from shardwright.planner.passes import memory
 from shardwright.planner.passes.build import build
-from shardwright.planner.passes.request import Request
 from shardwright.planner.plan import Plan
+from shardwright.planner.request import Request
 from tests.unit import reference as ref
 from tests.unit.reference import Model
 

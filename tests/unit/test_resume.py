@@ -11,7 +11,7 @@ import shardwright as sw
 from shardwright.errors import CheckpointError, PlanError, RunError, TargetError
 from shardwright.executors import ledger, publish, system
 from shardwright.planner.passes import build as build_module
-from shardwright.planner.passes import request as request_module
+from shardwright.planner.request import Request
 from tests.unit.tiny import tiny_llama
 
 TILE = 4000
@@ -24,7 +24,7 @@ def source(tmp_path):
 
 def job_of(source, out, to="ranks", tile_bytes=TILE, **options):
     layout = options.pop("layout", sw.Layout(tp=2))
-    plan = build_module.build(sw.open(source).source, request_module.Request(to, layout, **options), tile_bytes=tile_bytes)
+    plan = build_module.build(sw.open(source).source, Request(to, layout, **options), tile_bytes=tile_bytes)
     return sw.Conversion(plan, out, workers=2)
 
 
@@ -106,7 +106,7 @@ def test_a_recipe_of_an_older_version_is_resumed(source, tmp_path, monkeypatch):
     """An option that did not exist when the plan was saved had its default."""
     stopped(source, tmp_path / "out", monkeypatch)
     from shardwright.planner import codec
-    from shardwright.planner.passes.identify import plan_hash
+    from shardwright.planner.fingerprint import plan_hash
 
     partial = tmp_path / "out.partial"
     saved = codec.load(partial / "plan.json").plan
@@ -241,7 +241,7 @@ def test_the_recorded_recipe_is_replayed(source, tmp_path):
     """What was left out on purpose is no difference."""
     from safetensors.torch import load_file, save_file
 
-    file = sorted(source.glob("*.safetensors"))[0]
+    file = min(source.glob("*.safetensors"))
     tensors = load_file(file)
     index = source / "model.safetensors.index.json"
     stored = json.loads(index.read_text())
