@@ -40,7 +40,7 @@ from .tensor.pieces import Piece
 
 __all__ = ["SavedPlan", "dumps", "from_json", "load", "save", "to_json"]
 
-_LARGEST_FILE = 4 << 30
+_LARGEST_FILE = 1 << 30
 _COMPRESS_FROM = 4096
 
 
@@ -126,7 +126,7 @@ def load(file: str | os.PathLike[str]) -> SavedPlan:
     try:
         with open(file, "rb") as stream:
             if os.fstat(stream.fileno()).st_size > _LARGEST_FILE:
-                raise PlanError("a plan file larger than 4 GiB is not read", file=file)
+                raise PlanError("a plan file larger than 1 GiB is not read", file=file)
             data = stream.read()
     except OSError as error:
         raise PlanError("the plan cannot be read", file=file, actual=error.strerror) from None

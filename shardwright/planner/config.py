@@ -19,10 +19,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ConfigError, UnknownFamilyError, UnsupportedError
+from ..errors import ConfigError, UnknownFamilyError, UnsupportedError, short
+from .layout import MOST_LAYERS
 from .tables import FAMILIES, ConfigRule, Family
 
-__all__ = ["ModelConfig", "family_of", "from_huggingface", "from_megatron", "infer_family", "to_huggingface", "to_megatron"]
+__all__ = ["ModelConfig", "family_of", "from_huggingface", "from_megatron", "infer_family", "to_huggingface", "to_megatron", "valid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def family_of(raw: Mapping[str, Any], file: str = "config.json") -> Family:
     near = difflib.get_close_matches(kind, types, n=3, cutoff=0.4)
     hint = f"Nearest: {', '.join(near)}. " if near else ""
     advice = "Name the family whose tensors these are with --family NAME, or bring a table with --family FILE.toml"
-    raise UnknownFamilyError(f"no family has the model_type {kind!r}", file=file, remedy=f"{hint}Known: {', '.join(types)}. {advice}")
+    raise UnknownFamilyError(f"no family has the model_type {short(kind)}", file=file, remedy=f"{hint}Known: {', '.join(types)}. {advice}")
 
 
 def from_huggingface(raw: Mapping[str, Any], family: Family, file: str = "config.json") -> ModelConfig:
@@ -79,8 +80,7 @@ def from_huggingface(raw: Mapping[str, Any], family: Family, file: str = "config
     for rule in family.config:
         fields[rule.name] = _field(rule, plain, fields, file)
         _check_count(rule.name, fields, file)
-    _check_types(fields, file)
-    return ModelConfig(family.name, fields)
+    return ModelConfig(family.name, valid(fields, file))
 
 
 def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], file: str) -> Any:
@@ -94,54 +94,82 @@ def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], 
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _SWITCHES = ("tie_word_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm")
 _NUMBERS = ("max_position_embeddings", "rms_norm_eps", "rope_theta")
+_LARGEST_COUNT = 1 << 32
+"""Extents are products of at most a few of these; layers are listed, so there may be fewer of them."""
+_LARGEST_NUMBER = 1e300
 
 
-def _check_count(name: str, fields: Mapping[str, Any], file: str) -> None:
-    value = fields[name]
-    if name in _COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ConfigError(f"{name} must be a positive integer", file=file, actual=repr(value))
+def valid(fields: Mapping[str, Any], file: str) -> Mapping[str, Any]:
+    """The fields, each of a type and size that a model can have.
 
-
-def _check_types(fields: Mapping[str, Any], file: str) -> None:
+    Raises
+    ------
+    ConfigError
+        Names the field.
+    """
     for name in fields:
         _check_count(name, fields, file)
     for name in _SWITCHES:
         if not isinstance(fields.get(name, False), bool):
-            raise ConfigError(f"{name} must be true or false", file=file, actual=repr(fields[name]))
+            raise ConfigError(f"{name} must be true or false", file=file, actual=short(fields[name]))
     for name in _NUMBERS:
-        if not isinstance(value := fields.get(name, 1), int | float) or isinstance(value, bool):
-            raise ConfigError(f"{name} must be a number", file=file, actual=repr(value))
-    scaling, window = fields.get("rope_scaling"), fields.get("sliding_window")
-    if scaling is not None and not isinstance(scaling.get("factor", 1.0), int | float):
-        raise ConfigError("the factor of rope_scaling must be a number", file=file, actual=repr(scaling["factor"]))
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
-        raise ConfigError("sliding_window must be an integer", file=file, actual=repr(window))
+        if not isinstance(value := fields.get(name, 1), int | float) or isinstance(value, bool) or not abs(value) <= _LARGEST_NUMBER:
+            raise ConfigError(f"{name} must be a number", file=file, actual=short(value))
+    if not isinstance(act := fields.get("hidden_act", ""), str):
+        raise ConfigError("hidden_act must be a name", file=file, actual=short(act))
+    _check_scaling(fields.get("rope_scaling"), file)
+    window = fields.get("sliding_window")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or not abs(window) <= _LARGEST_COUNT):
+        raise ConfigError("sliding_window must be an integer", file=file, actual=short(window))
     heads, groups = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
     if heads and groups and heads % groups:
         raise ConfigError("key/value heads do not divide the attention heads", file=file, expected=f"a divisor of {heads}", actual=groups)
+    return fields
+
+
+def _check_count(name: str, fields: Mapping[str, Any], file: str) -> None:
+    if name not in _COUNTS:
+        return
+    value, most = fields[name], MOST_LAYERS if name == "num_hidden_layers" else _LARGEST_COUNT
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be a positive integer", file=file, actual=short(value))
+    if value > most:
+        raise ConfigError(f"{name} is larger than any model's", file=file, expected=f"at most {most:,}", actual=short(value))
+
+
+def _check_scaling(scaling: Any, file: str) -> None:
+    if scaling is None:
+        return
+    if not isinstance(scaling, Mapping) or not isinstance(scaling.get("rope_type"), str):
+        raise ConfigError("rope_scaling must be an object with a rope_type", file=file, actual=short(scaling))
+    factor = scaling.get("factor", 1.0)
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not abs(factor) <= _LARGEST_NUMBER:
+        raise ConfigError("the factor of rope_scaling must be a number", file=file, actual=short(factor))
 
 
 def _plain_rope(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
     """RoPE under its older spelling, whichever the file has."""
     plain = dict(raw)
     parameters = raw.get("rope_parameters")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise ConfigError("rope_parameters must be an object", file=file, actual=short(parameters))
     if isinstance(parameters, Mapping):
         scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
         found = {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta")), "rope_scaling": _scaling(scaling)}
         for key, value in found.items():
             other = _scaling(raw.get(key)) if key == "rope_scaling" else raw.get(key)
             if raw.get(key) is not None and other != value:
-                raise ConfigError(f"rope_parameters and {key} disagree", file=file, expected=value, actual=raw[key])
+                raise ConfigError(f"rope_parameters and {key} disagree", file=file, expected=short(value), actual=short(raw[key]))
         plain.update(found)
     elif raw.get("rope_scaling") is not None:
         plain["rope_scaling"] = _scaling(raw["rope_scaling"])
     return plain
 
 
-def _scaling(scaling: Any) -> dict[str, Any] | None:
-    """``{"rope_type": …, …}``; None for plain RoPE."""
+def _scaling(scaling: Any) -> Any:
+    """``{"rope_type": …, …}``; None for plain RoPE. What is no object stays as it is: `valid` refuses it."""
     if not isinstance(scaling, Mapping):
-        return None
+        return scaling
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return None
@@ -296,17 +324,17 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
 
     for name, wanted in (("normalization", "RMSNorm"), ("position_embedding_type", "rope"), ("swiglu", True)):
         if need(name) != wanted:
-            raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=wanted)
+            raise UnsupportedError(f"no family here has args.{name} = {short(arguments[name])}", file=file, expected=wanted)
     for name, usual in {"rotary_percent": 1.0, "rotary_interleaved": False, "num_experts": None, "apply_layernorm_1p": False}.items():
         if arguments.get(name, usual) != usual:
-            raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=usual)
+            raise UnsupportedError(f"no family here has args.{name} = {short(arguments[name])}", file=file, expected=usual)
     heads = need("num_attention_heads")
     vocab = vocab_size if vocab_size is not None else arguments.get("vocab_size")
     if vocab is None:
         raise ConfigError(
             "the true vocabulary size is not in the checkpoint's args",
             file=file,
-            actual=f"padded_vocab_size {arguments.get('padded_vocab_size')}",
+            actual=f"padded_vocab_size {short(arguments.get('padded_vocab_size'))}",
             remedy="Give --vocab-size N",
         )
     linear_bias = bool(arguments.get("add_bias_linear", True))
@@ -316,23 +344,36 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
         "num_hidden_layers": need("num_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": need("num_query_groups") if arguments.get("group_query_attention") else heads,
-        "head_dim": arguments.get("kv_channels") or need("hidden_size") // heads,
+        "head_dim": arguments.get("kv_channels") or _quotient(need("hidden_size"), heads, file),
         "vocab_size": vocab,
         "max_position_embeddings": need("max_position_embeddings"),
         "rms_norm_eps": need("norm_epsilon"),
         "hidden_act": "silu",
         "tie_word_embeddings": not arguments.get("untie_embeddings_and_output_weights", False),
-        "rope_theta": float(base) if isinstance(base := need("rotary_base"), int) else base,
-        "rope_scaling": _rope_from_megatron(arguments),
+        "rope_theta": _float(need("rotary_base"), "rotary_base", file),
+        "rope_scaling": _rope_from_megatron(arguments, file),
         "qkv_bias": linear_bias or bool(arguments.get("add_qkv_bias")),
         "attention_out_bias": linear_bias,
         "mlp_bias": linear_bias,
         "qk_norm": bool(arguments.get("qk_layernorm")),
         "sliding_window": _window(arguments.get("window_size"), file),
     }
-    _check_types(fields, file)
+    valid(fields, file)
     found = family or infer_family(fields, file)
     return ModelConfig(found.name, {rule.name: fields[rule.name] for rule in found.config})
+
+
+def _quotient(size: Any, heads: Any, file: str) -> int:
+    for name, value in (("hidden_size", size), ("num_attention_heads", heads)):
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be a positive integer", file=file, actual=short(value))
+    return int(size) // int(heads)
+
+
+def _float(value: Any, name: str, file: str) -> float:
+    if not isinstance(value, int | float) or not abs(value) <= _LARGEST_NUMBER:
+        raise ConfigError(f"args.{name} must be a number", file=file, actual=short(value))
+    return float(value)
 
 
 def _window(size: Any, file: str) -> int | None:
@@ -340,15 +381,19 @@ def _window(size: Any, file: str) -> int | None:
     if not size or size == -1:
         return None
     if not isinstance(size, tuple | list) or not isinstance(size[0], int):
-        raise ConfigError("args.window_size must be a pair of integers", file=file, actual=repr(size))
+        raise ConfigError("args.window_size must be a pair of integers", file=file, actual=short(size))
     return None if size[0] < 0 else size[0] + 1
 
 
-def _rope_from_megatron(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+def _rope_from_megatron(arguments: Mapping[str, Any], file: str) -> dict[str, Any] | None:
     if arguments.get("use_rope_scaling"):
-        return {"rope_type": "llama3", "factor": float(arguments.get("rope_scaling_factor", 8.0)), **_LLAMA3_ROPE}
+        return {
+            "rope_type": "llama3",
+            "factor": _float(arguments.get("rope_scaling_factor", 8.0), "rope_scaling_factor", file),
+            **_LLAMA3_ROPE,
+        }
     factor = arguments.get("rotary_seq_len_interpolation_factor")
-    return None if factor is None else {"rope_type": "linear", "factor": float(factor)}
+    return None if factor is None else {"rope_type": "linear", "factor": _float(factor, "rotary_seq_len_interpolation_factor", file)}
 
 
 def infer_family(fields: Mapping[str, Any], file: str) -> Family:

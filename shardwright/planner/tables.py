@@ -12,6 +12,8 @@ hub tensors it is made of, the operations that make it, and its split. Boundary:
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import TableError, UnknownFamilyError, UsageError
+from ..errors import TableError, UnknownFamilyError, UsageError, short
 from .expressions import Expression, parse
 from .layout import SPLITS
 from .operations import OPERATIONS
@@ -29,6 +31,12 @@ __all__ = ["DIALECTS", "FAMILIES", "Alias", "ConfigRule", "Dialect", "Family", "
 
 STAGES = ("first", "last", "layer")
 ALWAYS = parse("true")
+_LARGEST = 1 << 20
+_MOST_DOTS = 250
+_DEEPEST = 16
+_MOST_BASES = 8
+_LONGEST_ARGUMENTS = 200
+_NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,99}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +144,33 @@ def load_dialect(path: str | Path) -> Dialect:
 
 def _read(path: str | Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            data = file.read(_LARGEST + 1)
     except OSError as error:
         raise TableError(f"the table cannot be read ({error.strerror})", file=path) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    if len(data) > _LARGEST:
+        raise TableError("a table is larger than 1 MiB", file=path)
+    # A key of n parts takes the parser n² steps: no name in a table has nearly so many, nor a line of a list of names.
+    if wrong := next((n for n, line in enumerate(data.split(b"\n"), 1) if line.count(b".") > _MOST_DOTS), None):
+        raise TableError(f"a line with more than {_MOST_DOTS} dots", file=path, actual=f"line {wrong}", remedy="Break it into several")
+    try:
+        table = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
         raise TableError(f"not TOML ({error})", file=path) from None
+    _shallow(table, path)
+    return table
+
+
+def _shallow(table: object, path: str | Path) -> None:
+    """Nothing is nested more deeply than a table's grammar needs, so that every value can be walked and printed."""
+    pending = [(table, 0)]
+    while pending:
+        value, depth = pending.pop()
+        if depth > _DEEPEST:
+            raise TableError("a table is nested too deeply", file=path, expected=f"at most {_DEEPEST} levels")
+        if isinstance(value, dict | list):
+            inner = value.values() if isinstance(value, dict) else value
+            pending += [(v, depth + 1) for v in inner if isinstance(v, dict | list)]
 
 
 def _family(table: dict[str, Any], origin: str) -> Family:
@@ -180,11 +210,15 @@ def _family(table: dict[str, Any], origin: str) -> Family:
 
 
 def _base_table(name: Any, origin: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise TableError("a family extends another by its name: letters, digits, - and _", file=origin, actual=short(name))
+    if len(seen) > _MOST_BASES:
+        raise TableError(f"a family extends more than {_MOST_BASES} others, one over the other", file=origin)
     for folder in (Path(origin).parent, resources.files(__package__) / "families"):
         path = Path(str(folder / f"{name}.toml"))
         if path.is_file():
             if str(path) in (*seen, origin):
-                raise TableError("a family extends itself", file=origin, actual=repr(name))
+                raise TableError("a family extends itself", file=origin, actual=short(name))
             base = _read(path)
             _known_keys(base, _FAMILY_KEYS, str(path), "the family")
             if parent := base.get("extends"):
@@ -198,7 +232,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any], origin: str) -> dict[str
     merged = {**base, **over, "config": {**_config(base, origin), **_config(over, origin)}}
     for kind in ("tensor", "alias", "ignore"):
         mine = _entries(over, kind, origin)
-        names = {entry.get("name") for entry in mine if kind != "ignore"}
+        names = {_text(entry, "name", f"{origin} [[{kind}]]", "it") for entry in mine if kind != "ignore"}
         merged[kind] = [entry for entry in _entries(base, kind, origin) if kind == "ignore" or entry.get("name") not in names] + mine
     return merged
 
@@ -207,7 +241,7 @@ def _hub_tensor(entry: dict[str, Any], where: str) -> HubTensor:
     _known_keys(entry, {"name", "shape", "when", "split", "stage", "huggingface"}, where, "a tensor")
     name = _text(entry, "name", where, "a tensor")
     if not isinstance(entry.get("shape"), list):
-        raise TableError("a tensor needs a shape: a list of expressions", file=where, actual=entry.get("shape"))
+        raise TableError("a tensor needs a shape: a list of expressions", file=where, actual=short(entry.get("shape")))
     stage, stored = entry.get("stage", "layer" if "{layer}" in name else "first"), entry.get("huggingface", name)
     return HubTensor(
         name,
@@ -230,7 +264,7 @@ def _alias(entry: dict[str, Any], where: str, known: set[str]) -> Alias:
 def _config(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
     config = table.get("config", {})
     if not isinstance(config, dict):
-        raise TableError("[config] must be a table", file=origin, actual=config)
+        raise TableError("[config] must be a table", file=origin, actual=short(config))
     return config
 
 
@@ -241,7 +275,7 @@ def _config_rule(name: str, rule: Any, where: str) -> ConfigRule:
         or ("value" in rule) == ("key" in rule)
         or not isinstance(rule.get("key", ""), str)
     ):
-        raise TableError('a config field is { key = "…", default = "…" } or { value = "…" }', file=where, actual=rule)
+        raise TableError('a config field is { key = "…", default = "…" } or { value = "…" }', file=where, actual=short(rule))
     text = rule.get("value", rule.get("default"))
     return ConfigRule(name, rule.get("key"), None if text is None else parse(text, where))
 
@@ -252,6 +286,8 @@ def _dialect(table: dict[str, Any], origin: str) -> Dialect:
     rows: tuple[Row, ...] | None = None
     if "rows" in table:
         _choice(table["rows"], ("family",), origin, "rows")
+        if specs:
+            raise TableError("a dialect that takes its rows from the family has no specs", file=origin, actual=short(list(specs)))
     else:
         rows = tuple(_row(entry, specs, f"{origin} [[row]] {i + 1}") for i, entry in enumerate(_entries(table, "row", origin)))
         for spec in specs or ("",):
@@ -273,8 +309,8 @@ def _row(entry: dict[str, Any], specs: tuple[str, ...], where: str) -> Row:
     _known_keys(entry, {"name", "hub", "layout", "split", "stage", "when"}, where, "a row")
     name = entry.get("name")
     names = dict.fromkeys(specs or ("",), name) if isinstance(name, str) else name
-    if not isinstance(names, dict) or set(names) != set(specs or ("",)):
-        raise TableError("a row needs a name, or one per spec", file=where, expected=list(specs) or "a string", actual=name)
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()) or set(names) != set(specs or ("",)):
+        raise TableError("a row needs a name, or one per spec", file=where, expected=list(specs) or "a string", actual=short(name))
     hub = tuple(_texts(entry, "hub", where))
     if not hub:
         raise TableError("a row needs the hub tensors it is made of", file=where)
@@ -296,12 +332,19 @@ def _operation(text: str, where: str) -> tuple[str, tuple[Any, ...]]:
     """``"pad(0, 128)"`` → ``("pad", (0, 128))``: a registered name with literal arguments."""
     name, bracket, inside = text.partition("(")
     if bracket and not inside.rstrip().endswith(")"):
-        raise TableError("a bracket is not closed", file=where, actual=repr(text))
+        raise TableError("a bracket is not closed", file=where, actual=short(text))
+    if len(inside) > _LONGEST_ARGUMENTS:
+        raise TableError("the arguments of an operation are too long", file=where, actual=repr(text[:80]))
     try:
         arguments = ast.literal_eval(f"({inside.removesuffix(')')},)") if inside.strip(") ") else ()
-    except (ValueError, SyntaxError):
-        raise TableError("the arguments of an operation must be literals", file=where, actual=repr(text)) from None
-    return _choice(name.strip(), OPERATIONS, where, "operation"), tuple(arguments)
+    except (ValueError, SyntaxError, TypeError, RecursionError):
+        raise TableError("the arguments of an operation must be literals", file=where, actual=short(text)) from None
+    known = _choice(name.strip(), OPERATIONS, where, "operation")
+    try:
+        inspect.signature(OPERATIONS.get(known)).bind((), {}, *arguments)
+    except TypeError as error:
+        raise TableError(f"the operation does not take these arguments ({error})", file=where, actual=repr(text)) from None
+    return known, tuple(arguments)
 
 
 def _stage(value: Any, names: Sequence[Any], where: str) -> str:
@@ -309,9 +352,9 @@ def _stage(value: Any, names: Sequence[Any], where: str) -> str:
     stage = _choice(value, STAGES, where, "stage")
     for name in names:
         if not isinstance(name, str) or not name:
-            raise TableError("a name is a string", file=where, actual=repr(name))
+            raise TableError("a name is a string", file=where, actual=short(name))
         if not name.count("{") == name.count("}") == name.count("{layer}"):
-            raise TableError("a name can count only {layer}", file=where, actual=repr(name))
+            raise TableError("a name can count only {layer}", file=where, actual=short(name))
         if ("{layer}" in name) != (stage == "layer"):
             raise TableError(
                 "what every layer has needs {layer} in each of its names, and nothing else may have it", file=where, actual=repr(name)
@@ -322,7 +365,7 @@ def _stage(value: Any, names: Sequence[Any], where: str) -> str:
 def _choice(value: Any, known: Any, where: str, what: str) -> str:
     if not isinstance(value, str) or value not in known:
         names = known.names() if isinstance(known, Registry) else list(known)
-        raise TableError(f"unknown {what}", file=where, actual=repr(value), remedy=f"Known: {', '.join(names)}")
+        raise TableError(f"unknown {what}", file=where, actual=short(value), remedy=f"Known: {', '.join(names)}")
     return value
 
 
@@ -334,14 +377,14 @@ def _known_keys(table: Mapping[str, Any], known: set[str], where: str, what: str
 def _text(table: Mapping[str, Any], key: str, where: str, what: str) -> str:
     value = table.get(key)
     if not isinstance(value, str) or not value:
-        raise TableError(f"{what} needs {key!r}: a string", file=where, actual=repr(value))
+        raise TableError(f"{what} needs {key!r}: a string", file=where, actual=short(value))
     return value
 
 
 def _texts(table: Mapping[str, Any], key: str, where: str) -> list[str]:
     value = table.get(key, [])
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise TableError(f"{key!r} must be a list of strings", file=where, actual=repr(value))
+        raise TableError(f"{key!r} must be a list of strings", file=where, actual=short(value))
     return value
 
 
@@ -363,7 +406,7 @@ def _unique(names: Sequence[str], where: str, what: str) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise TableError(f"{what} names one tensor twice", file=where, actual=repr(name))
+            raise TableError(f"{what} names one tensor twice", file=where, actual=short(name))
         seen.add(name)
 
 

@@ -63,7 +63,7 @@ def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
 
 class TestHelp:
     @pytest.mark.parametrize(
-        "command", ["", "inspect", "plan", "convert", "verify", "explain", "synth", "formats", "families", "schemes", "demo"]
+        "command", ["", "inspect", "plan", "convert", "verify", "explain", "synth", "formats", "families", "schemes", "demo", "diff"]
     )
     @pytest.mark.parametrize("flag", ["--help", "-h"])
     def test_help(self, shell: Shell, command: str, flag: str) -> None:
@@ -405,3 +405,8 @@ main(sys.argv[1:])
     assert json.loads(done.stdout)["error"]["type"] == "StoppedError"
     assert number.name in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_cannot_drive_the_terminal(shell: Shell, tmp_path: Path) -> None:
+    _, err = shell("inspect", tmp_path / "\x1b]0;owned\x07", code=3)
+    assert "\x1b" not in err and "\\x1b]0;owned\\x07" in err

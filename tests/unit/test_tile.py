@@ -318,3 +318,12 @@ def test_ops_run_on_strips(tmp_path):
     assert raw[: 64 * 32] == payload.numpy().tobytes()
     assert raw[64 * 32 : 64 * 34] == scale.view(torch.int16).numpy().tobytes()
     assert raw[64 * 34 :] == weight.T.reshape(shape).float().numpy().tobytes()
+
+
+def test_a_pipe_in_the_place_of_a_source_is_refused_without_waiting(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    sources = SourceFiles(tmp_path, [sources_module.unchecked("pipe")])
+    with pytest.raises(RunError, match="not an ordinary file: file pipe"), sources.reading(0):
+        pass

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Protocol
 
+from ...errors import CheckpointError
 from ..config import ModelConfig
 from ..containers.base import TensorSpec
 from ..layout import Layout
@@ -85,7 +86,22 @@ class Source:
 
     @cached_property
     def hub(self) -> Mapping[str, tuple[int, ...]]:
-        """Every hub tensor of the model, with its shape."""
+        """Every hub tensor of the model, with its shape.
+
+        Raises
+        ------
+        CheckpointError
+            The config has more layers than the files have tensors: it would list what cannot be there.
+        """
+        layers, stored = self.config["num_hidden_layers"], sum(map(len, self.units.values()))
+        if layers > stored:
+            raise CheckpointError(
+                "the config has more layers than the checkpoint has tensors",
+                file=self.store.root,
+                expected=f"{layers} layers",
+                actual=f"{stored} tensors",
+                remedy="Copy the checkpoint again, or give the config.json that belongs to it (--config)",
+            )
         return hub_tensors(self.family, self.config)
 
 

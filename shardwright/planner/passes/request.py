@@ -71,7 +71,7 @@ def padded_vocab(source: Source, request: Request, dialect: Dialect) -> int | No
     multiple = request.pad_vocab_to or (dialect.pad_vocab(fields) if dialect.pad_vocab else None)
     if multiple is None:
         return None
-    if multiple < 1:
+    if type(multiple) is not int or multiple < 1:
         raise UsageError("--pad-vocab-to needs a positive number", actual=multiple)
     vocab: int = source.config["vocab_size"]
     return -(-vocab // multiple) * multiple

@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
-from ...errors import ConfigError, TableError, UnsupportedError
+from ...errors import ConfigError, TableError, UnsupportedError, short
 from ..config import ModelConfig
 from ..expressions import Expression, parse
 from ..layout import SPLITS, Layout, Place, Split
@@ -29,6 +30,8 @@ __all__ = ["Expansion", "RowClass", "RowInstance", "apply_split", "expand", "hub
 
 Shape = tuple[int, ...]
 _SEVERAL_STAGES = parse("pp > 1")
+_MOST_ELEMENTS = 1 << 56
+"""Sizes and offsets in bits stay far below 63 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +99,19 @@ def scope(config: ModelConfig, layout: Layout, padded_vocab: int | None) -> dict
 def hub_tensors(family: Family, config: ModelConfig) -> dict[str, Shape]:
     """Every hub tensor of the model: name → shape, in the family's order (first, layers, last)."""
     found: dict[str, Shape] = {}
-    fields = config.fields
+    fields, layers = config.fields, config["num_hidden_layers"]
     for stage in ("first", "layer", "last"):
         entries = [(t, _constant_shape(t, fields)) for t in family.tensors if t.stage == stage]
-        for layer in range(fields["num_hidden_layers"]) if stage == "layer" else (-1,):
+        for layer in range(layers) if stage == "layer" else (-1,):
             number = str(layer)
             for tensor, constant in entries:
                 shape = constant if constant != () else _shape_in_layer(tensor, {**fields, "layer": layer})
-                if shape is not None:
-                    found[tensor.name.replace("{layer}", number)] = shape
+                if shape is None:
+                    continue
+                name = tensor.name.replace("{layer}", number)
+                if name in found:
+                    raise TableError("two tensors of a family have one name", file=family.origin, tensor=name)
+                found[name] = shape
     return found
 
 
@@ -121,8 +128,8 @@ def _shape_in_layer(tensor: HubTensor, fields: Mapping[str, Any]) -> Shape | Non
 
 def _shape(extents: tuple[Expression, ...], fields: Mapping[str, Any], name: str) -> Shape:
     shape = tuple(extent(fields) for extent in extents)
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
-        raise ConfigError("the config gives a tensor an impossible shape", tensor=name, actual=shape)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape) or prod(shape) > _MOST_ELEMENTS:
+        raise ConfigError("the config gives a tensor an impossible shape", tensor=name, actual=short(shape))
     return shape
 
 
@@ -170,7 +177,7 @@ class _Expander:
         self.family, self.dialect, self.spec, self.layout, self.reading = family, dialect, spec, layout, reading
         self.fields = scope(config, layout, padded_vocab)
         self.hub = hub
-        self.places = layout.places(config.fields["num_hidden_layers"])
+        self.places = layout.places(config["num_hidden_layers"])
         self.aliases = {a.name: a.of for a in family.aliases if a.when(config.fields)}
         self.classes: list[RowClass] = []
         self.instances: list[RowInstance] = []
