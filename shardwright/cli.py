@@ -102,10 +102,10 @@ def _say(text: str) -> None:
 
 
 def _plain(value: object) -> str:
-    """A path or name that rich prints as it is."""
-    from rich.markup import escape
+    """A path or name that rich prints as it is, but for what would drive the terminal: names come from strangers."""
+    from .render import printable
 
-    return escape(str(value))
+    return printable(str(value))
 
 
 def _print(value: dict[str, Any]) -> None:
@@ -322,7 +322,7 @@ def verify(out: str, src: str | None, as_json: bool, **options: Any) -> None:
     from .api import verify as verify_target
     from .executors.progress import StderrProgress
 
-    found = verify_target(out, src, progress=StderrProgress(), **options)
+    found = verify_target(out, src, progress=StderrProgress(doing="verifying"), **options)
     if as_json:
         _print(
             {

@@ -29,7 +29,7 @@ def diff(a: str, b: str, as_json: bool, **options: Any) -> None:
     from .api import diff as compare
     from .executors.progress import StderrProgress
 
-    report = compare(a, b, progress=StderrProgress(), **options)
+    report = compare(a, b, progress=StderrProgress(doing="comparing"), **options)
     found = _json(report)
     if as_json:
         sys.stdout.write(json.dumps(found) + "\n")

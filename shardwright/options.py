@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_json_option", "bounds_options", "job_of", "open_source_of", "source_options", "target_options"]
 
+_LARGEST_LAYOUT = 1 << 20
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -114,6 +115,8 @@ def read_layout(file: str) -> Layout:
 
     remedy = 'Write an object like {"tp": 8, "pp": 4}; axes: tp, pp, vpp, ep, etp, stages'
     try:
+        if Path(file).stat().st_size > _LARGEST_LAYOUT:
+            raise LayoutError("the layout file is larger than 1 MiB", file=file, remedy=remedy)
         found = json.loads(Path(file).read_text())
         if not isinstance(found, dict):
             raise LayoutError("the layout file does not hold a JSON object", file=file, actual=type(found).__name__, remedy=remedy)

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..planner.plan import TargetFile, TensorEntry
 from ..planner.tensor.dtypes import dtype
-from .descriptors import Descriptors, failed
+from .descriptors import Descriptors, failed, open_regular
 from .extents import Checksums, Extent
 from .transfer import Write
 
@@ -185,7 +185,7 @@ class CompareFiles:
 
     def _open(self, number: int) -> int:
         try:
-            return os.open(self.root / self.files[number].path, os.O_RDONLY | os.O_CLOEXEC)
+            return open_regular(self.root / self.files[number].path)
         except OSError as error:
             raise failed(error, self.files[number].path, "opening") from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import system
 from .checksums import crc32
-from .descriptors import failed
+from .descriptors import failed, open_regular
 from .progress import NullProgress, Progress
 from .stopping import Stop
 
@@ -50,7 +50,7 @@ def file_digests(path: Path, kinds: Collection[str], stop: Stop, advance: Callab
     block = memoryview(bytearray(BLOCK_BYTES))
     at = 0
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(path)
         try:
             while got := system.preadv(fd, (block,), at):
                 stop.raise_cause()

@@ -34,7 +34,7 @@ from .padding import Padding
 from .progress import Progress
 from .publish import Publication, prepare
 from .sealing import seal
-from .sources import SourceFiles, check_unchanged, unchecked
+from .sources import RESTORE, SourceFiles, check_unchanged, unchecked
 from .stopping import Stop
 from .targets import TargetFiles
 from .tile import Receipt
@@ -176,7 +176,7 @@ def _fill(publication: Publication, fitted: Fit, cluster: Cluster | None, progre
     """Every byte of the target, synced; what this run did."""
     plan, done = publication.plan, publication.done
     targets = TargetFiles(publication.data, plan.target_files, stop=stop)
-    sources = SourceFiles(plan.source_root, plan.source_files)
+    sources = SourceFiles(plan.source_root, plan.source_files, remedy=RESTORE)
     checksums = Checksums(targets.files)
     try:
         if publication.left is None:

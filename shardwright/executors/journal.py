@@ -21,13 +21,14 @@ Boundary: knows lines; what to sync, when, and what follows from them is decided
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import PlanError
+from ..errors import PlanError, short
 from ..planner.containers._untrusted import STRICT
 from ..planner.plan import TargetFile
 from . import system
@@ -139,7 +140,7 @@ def _line(value: Sequence[Any]) -> bytes:
     return b"%08x %s\n" % (crc32(text), text)
 
 
-def parse(data: bytes, tiles: int, files: Sequence[TargetFile], *, file: object = "journal") -> Recorded:
+def parse(data: bytes | mmap.mmap, tiles: int, files: Sequence[TargetFile], *, file: object = "journal") -> Recorded:
     """What the bytes of a journal say about a plan of that many tiles and those target files.
 
     Raises
@@ -176,9 +177,9 @@ def _value(line: bytes) -> Any:
 
 def _first(value: Any, file: object) -> str:
     if type(value) is not list or len(value) != 3 or value[0] != _NAME or type(value[2]) is not str:
-        raise _wrong(file, "does not begin as a journal does", value)
+        raise _wrong(file, "does not begin as a journal does", short(value))
     if value[1] != _VERSION:
-        raise _wrong(file, "was written by another version", value[1])
+        raise _wrong(file, "was written by another version", short(value[1]))
     return value[2]
 
 
@@ -190,7 +191,7 @@ def _add(found: Recorded, value: Any, tiles: int, files: Sequence[TargetFile], f
     elif type(value) is list and len(value) == 2 and value[0] == "publish" and _whole(value[1], 2 * _LARGEST + 1):
         found.publishing = value[1]
     else:
-        raise _wrong(file, "has a line that the plan cannot mean", str(value)[:80])
+        raise _wrong(file, "has a line that the plan cannot mean", short(value))
 
 
 def _receipt(value: list[Any], files: Sequence[TargetFile], file: object) -> Receipt:

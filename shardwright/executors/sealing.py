@@ -17,7 +17,7 @@ from ..errors import RunError
 from ..planner.plan import Plan
 from . import system
 from .checksums import crc32
-from .descriptors import failed
+from .descriptors import failed, open_regular
 from .digests import digests_of
 from .extents import Checksums
 from .stopping import Stop
@@ -65,7 +65,7 @@ def _copy(source: Path, target: Path, name: str) -> int:
     """Carry a small file over, synced; its CRC-32."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(source, "rb") as reading, open(target, "wb", buffering=0) as writing:
+        with open(open_regular(source), "rb") as reading, open(target, "wb", buffering=0) as writing:
             crc = at = 0
             while block := memoryview(reading.read(BLOCK_BYTES)):
                 crc = crc32(block, crc)

@@ -12,14 +12,15 @@ from pathlib import Path
 from ..errors import PlanError, RunError
 from ..planner.plan import SourceFile
 from . import system
-from .descriptors import Descriptors, failed
+from .descriptors import Descriptors, failed, open_regular
 from .transfer import Read
 
-__all__ = ["SourceFiles", "changed", "check_unchanged", "unchecked"]
+__all__ = ["RESTORE", "SourceFiles", "changed", "check_unchanged", "unchecked"]
 
 CALL_BYTES = 4 << 20
 """Longest single read."""
-_RESTORE = "Put the file back as it was, with its time, and resume; or start over with --fresh"
+RESTORE = "Put the file back as it was, with its time, and resume; or start over with --fresh"
+"""What to do when the source of a run that can be resumed has changed."""
 
 
 def unchecked(path: str) -> SourceFile:
@@ -56,11 +57,6 @@ def changed(file: SourceFile, nbytes: int, mtime_ns: int) -> tuple[str, str] | N
     return f"modified {_when(file.mtime_ns)}", f"modified {_when(mtime_ns)}"
 
 
-def _compare_in_flight(file: SourceFile, found: os.stat_result) -> None:
-    if (what := changed(file, found.st_size, found.st_mtime_ns)) is not None:
-        raise RunError("a source file changed during the run", file=file.path, expected=what[0], actual=what[1], remedy=_RESTORE)
-
-
 def _when(ns: int) -> str:
     return f"{datetime.fromtimestamp(ns // 10**9, UTC):%Y-%m-%d %H:%M:%S}.{ns % 10**9:09d} UTC"
 
@@ -72,13 +68,21 @@ class SourceFiles:
     ----------
     root
         Where their paths start.
+    remedy
+        What to do when a file has changed.
     limit
         Most files kept open.
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], files: Sequence[SourceFile] | Mapping[int, SourceFile], *, limit: int | None = None
+        self,
+        root: str | os.PathLike[str],
+        files: Sequence[SourceFile] | Mapping[int, SourceFile],
+        *,
+        remedy: str = "Run again when nothing changes the file",
+        limit: int | None = None,
     ) -> None:
+        self._remedy = remedy
         self.root = Path(root)
         self.files = dict(files) if isinstance(files, Mapping) else dict(enumerate(files))
         self._descriptors = Descriptors(self._open, limit)
@@ -117,12 +121,16 @@ class SourceFiles:
             try:
                 found = os.stat(self.root / file.path)
             except OSError as error:
-                raise RunError(f"a source file is gone ({error.strerror})", file=file.path, remedy=_RESTORE) from error
-            _compare_in_flight(file, found)
+                raise RunError(f"a source file is gone ({error.strerror})", file=file.path, remedy=self._remedy) from error
+            self._compare(file, found)
 
     def close(self) -> None:
         """Close every file; a later read opens it again."""
         self._descriptors.close()
+
+    def _compare(self, file: SourceFile, found: os.stat_result) -> None:
+        if (what := changed(file, found.st_size, found.st_mtime_ns)) is not None:
+            raise RunError("a source file changed during the run", file=file.path, expected=what[0], actual=what[1], remedy=self._remedy)
 
     def _read(self, fd: int, number: int, offset: int, buffers: Sequence[memoryview]) -> None:
         if len(buffers) == 1:
@@ -151,13 +159,13 @@ class SourceFiles:
     def _open(self, number: int) -> int:
         file = self.files[number]
         try:
-            fd = os.open(self.root / file.path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_regular(self.root / file.path)
         except FileNotFoundError:
-            raise RunError("a source file is missing", file=file.path, remedy=_RESTORE) from None
+            raise RunError("a source file is missing", file=file.path, remedy=self._remedy) from None
         except OSError as error:
             raise failed(error, file.path, "opening") from error
         try:
-            _compare_in_flight(file, os.fstat(fd))
+            self._compare(file, os.fstat(fd))
         except RunError:
             os.close(fd)
             raise

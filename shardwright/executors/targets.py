@@ -64,7 +64,7 @@ class TargetFiles:
         self._stop = stop or Stop()
 
     def create(self) -> None:
-        """Make every file at full size, with its static bytes, and sync the folders.
+        """Make every file at full size, with its static bytes.
 
         Raises
         ------
@@ -95,10 +95,9 @@ class TargetFiles:
                     ) from error
                 raise failed(error, file.path, "creating") from error
             self._write_static(number)
-        self._sync_folders()
 
     def reopen(self) -> None:
-        """Take the files that `create` made in an earlier run; static bytes are written again, they may not have been synced.
+        """Take the files that `create` made in an earlier run; static bytes are written again, for what was sealed may have been torn.
 
         Raises
         ------
@@ -139,16 +138,18 @@ class TargetFiles:
                 raise failed(error, self.files[number].path, "writing") from error
 
     def sync(self, numbers: Iterable[int] | None = None) -> None:
-        """Flush files to the device, and with all of them the folders that hold them."""
+        """Flush files to the device; with all of them (looking at `stop`) the folders that hold them, too."""
         for number in self.files if numbers is None else numbers:
-            self._stop.raise_cause()
+            if numbers is None:  # the batch of finished tiles that a stopped run ends with is synced all the same
+                self._stop.raise_cause()
             with self._descriptors.use(number) as fd:
                 try:
                     system.sync(fd)
                 except OSError as error:
                     raise failed(error, self.files[number].path, "syncing") from error
         if numbers is None:
-            self._sync_folders()
+            for folder, _, _ in os.walk(self.root, topdown=False):
+                sync_path(Path(folder))
 
     def close(self) -> None:
         """Close every file."""
@@ -158,10 +159,6 @@ class TargetFiles:
         with self.writing(number) as write:
             for offset, data in self.files[number].static:
                 write(offset, memoryview(data))
-
-    def _sync_folders(self) -> None:
-        for folder, _, _ in os.walk(self.root, topdown=False):
-            sync_path(Path(folder))
 
     def _pwrite(self, fd: int, number: int, offset: int, data: memoryview) -> None:
         at, end = 0, len(data)

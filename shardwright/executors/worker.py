@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 
-from ..errors import RunError
+from ..errors import RunError, ShardwrightError
 from ..planner.plan import Program, SourceFile, TargetFile
 from .arena import Arena
 from .layouts import Layouts
-from .sources import SourceFiles
+from .sources import RESTORE, SourceFiles
 from .stopping import as_ours
 from .targets import TargetFiles
 from .tile import Job, Receipt, Runner, Stopped
@@ -57,7 +57,7 @@ class _Session:
     """One run on this worker."""
 
     def __init__(self, payload: Payload) -> None:
-        self.sources = SourceFiles(payload.source_root, {})
+        self.sources = SourceFiles(payload.source_root, {}, remedy=RESTORE)
         self.targets = TargetFiles(payload.target_root, {})
         self.layouts = Layouts({}, payload.strip_bytes)
         self.arena = Arena(payload.lanes * payload.slab_bytes)
@@ -99,6 +99,8 @@ def run_tile(payload: bytes) -> Receipt:
             session.sources.check(receipt.sources)
         except Stopped:
             raise RunError("the run was stopped") from None
+        except ShardwrightError:
+            raise
         except OSError as error:
             raise as_ours(error) from error
     size = len(pickle.dumps(receipt))
