@@ -45,6 +45,11 @@ def _shardwright(name: str, direction: str, *options: str) -> Case:
     return Case(name, direction, command, planned=True)
 
 
+def _unjournaled(name: str, direction: str, *options: str) -> Case:
+    command = (sys.executable, "-m", "benchmarks.unjournaled", "convert", "SOURCE", "OUT", "--json", *options)
+    return Case(name, direction, command, planned=True)
+
+
 _RANKS = ("--to", "ranks", "--tp", str(TP))
 _PLAIN = (sys.executable, plain.__file__)
 _SMALL = ("--memory", "128MiB")
@@ -52,11 +57,13 @@ _SMALL = ("--memory", "128MiB")
 CASES: tuple[Case, ...] = (
     Case("split: cp -r", "split", ("cp", "-r", "SOURCE", "OUT")),
     _shardwright("split: shardwright", "split", *_RANKS),
+    _unjournaled("split: shardwright, no journal", "split", *_RANKS),
     _shardwright("split: shardwright 128MiB", "split", *_RANKS, *_SMALL),
     _shardwright("split: shardwright megatron-legacy", "split", "--to", "megatron-legacy", "--tp", str(TP)),
     Case("split: get_slice + save_file", "split", (*_PLAIN, "split", "SOURCE", "OUT", str(TP))),
     Case("merge: cp -r", "merge", ("cp", "-r", "SOURCE", "OUT")),
     _shardwright("merge: shardwright", "merge", "--to", "huggingface"),
+    _unjournaled("merge: shardwright, no journal", "merge", "--to", "huggingface"),
     _shardwright("merge: shardwright 128MiB", "merge", "--to", "huggingface", *_SMALL),
     Case("merge: cat + save_file", "merge", (*_PLAIN, "merge", "SOURCE", "OUT")),
 )

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Checkpoint, Conversion, Tensor, Verification, convert, load_plan, open, plan, register, verify
+    from .api import Checkpoint, Conversion, DiffReport, Tensor, Verification, convert, diff, load_plan, open, plan, register, verify
     from .errors import ShardwrightError
     from .planner.layout import Layout
     from .synthetic import synth
@@ -23,11 +23,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "Conversion",
+    "DiffReport",
     "Layout",
     "ShardwrightError",
     "Tensor",
     "Verification",
     "convert",
+    "diff",
     "load_plan",
     "open",
     "plan",

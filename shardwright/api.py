@@ -1,4 +1,6 @@
-"""The hall: where the planner and the executors meet. Its rooms are `checkpoint`, `conversion` and `verification`.
+"""The hall: where the planner and the executors meet.
+
+Its rooms are `checkpoint`, `conversion`, `verification` and `difference`.
 
 `register` adds parts from outside the package.
 """
@@ -11,6 +13,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint, PathLike, Tensor, find_family, open
 from .conversion import Conversion, convert, load_plan, plan
+from .difference import DiffReport, diff
 from .errors import UsageError
 from .planner.containers import CONTAINERS
 from .planner.formats import FORMATS
@@ -24,9 +27,11 @@ from .verification import Verification, verify
 __all__ = [
     "Checkpoint",
     "Conversion",
+    "DiffReport",
     "Tensor",
     "Verification",
     "convert",
+    "diff",
     "find_family",
     "load_plan",
     "open",

@@ -15,17 +15,18 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UnsupportedError, UsageError
+from .errors import CheckpointError, UnsupportedError, UsageError
 from .planner.config import ModelConfig
 from .planner.formats import FORMATS, open_source
 from .planner.formats.base import Hints, Source
 from .planner.identity import FILE_NAME, read_object
 from .planner.layout import Layout
 from .planner.passes.build import read_side
-from .planner.passes.request import Request, castable, padded_vocab
+from .planner.passes.request import castable, padded_vocab
 from .planner.passes.rows import expand
 from .planner.passes.sides import SourceSide, stored_bytes
 from .planner.passes.view import View, hub_view, rank_views
+from .planner.request import Request
 from .planner.store import LocalStore
 from .planner.tables import DIALECTS, FAMILIES, Family, load_family, specs_of
 from .planner.tensor.dtypes import dtype as dtype_of
@@ -66,8 +67,20 @@ def open(
     Refusal
         It is no checkpoint, or not a whole one; names the file, the tensor, expected and actual.
     """
+    _refuse_unfinished(Path(path))
     place = Path(path).parent if Path(path).name == FILE_NAME else path
     return Checkpoint(open_source(LocalStore(place), Hints(find_family(family), _config(config), vocab_size)))
+
+
+def _refuse_unfinished(path: Path) -> None:
+    """What a conversion is still writing looks like a checkpoint from inside: sizes and headers are right, the rest is zeros."""
+    place = path.absolute()
+    for folder in (place, *place.parents):
+        # Any of them: after a loss of power the others may be missing.
+        if folder.suffix == ".partial" and any((folder / name).is_file() for name in ("plan.json", "journal", "lock")):
+            raise CheckpointError(
+                "an unfinished conversion is no checkpoint", file=folder, remedy="Run the conversion again to finish it; it resumes"
+            )
 
 
 def find_family(family: str | Family | PathLike | None) -> Family | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -22,7 +23,8 @@ import rich_click as click
 from click.core import ParameterSource
 from click.exceptions import Exit
 
-from .errors import ShardwrightError, StoppedError, UsageError, VerificationError
+from .commands_diff import diff
+from .errors import RunError, ShardwrightError, StoppedError, UsageError, VerificationError
 from .options import as_json_option, bounds_options, job_of, open_source_of, source_options, target_options
 
 if TYPE_CHECKING:
@@ -77,10 +79,20 @@ def _terminable() -> Iterator[None]:
 
 def _fail(error: BaseException, kind: str, text: str, wants_json: bool, code: int) -> None:
     if wants_json:
-        fields = {k: v for k, v in vars(error).items() if k in ("file", "tensor", "expected", "actual", "remedy") and v is not None}
+        shown = ("file", "tensor", "expected", "actual", "remedy", "partial")
+        fields = {k: v for k, v in vars(error).items() if k in shown and v is not None}
         _print({"error": {"type": kind, "message": text, **fields}})
     _say(f"[bold red]{kind}[/bold red] {_plain(text)}")
+    if isinstance(error, RunError) and error.partial is not None:
+        done, all_tiles = error.tiles
+        _say(f"Nothing is lost: {done} of {all_tiles} tiles are done, in {_plain(error.partial)}. Resume with")
+        _say(f"  {_plain(_resume_command())}")
     sys.exit(code)
+
+
+def _resume_command() -> str:
+    """This command, but for what would start over."""
+    return shlex.join(["shardwright", *(word for word in sys.argv[1:] if word != "--fresh")])
 
 
 def _say(text: str) -> None:
@@ -90,10 +102,10 @@ def _say(text: str) -> None:
 
 
 def _plain(value: object) -> str:
-    """A path or name that rich prints as it is."""
-    from rich.markup import escape
+    """A path or name that rich prints as it is, but for what would drive the terminal: names come from strangers."""
+    from .render import printable
 
-    return escape(str(value))
+    return printable(str(value))
 
 
 def _print(value: dict[str, Any]) -> None:
@@ -107,6 +119,9 @@ def main() -> None:
 
     A conversion is decided on paper first (`plan`), from headers alone, and then moves every byte once (`convert`).
     """
+
+
+main.add_command(diff)
 
 
 @main.command()
@@ -193,6 +208,7 @@ def plan(src: str, out: str | None, html: str | None, save: str | None, as_json:
 @target_options
 @click.option("--plan", "plan_file", metavar="FILE", type=click.Path(dir_okay=False), help="Run a saved plan.")
 @click.option("--scheduler", default="threads", show_default=True, metavar="threads|ADDRESS", help="Where to run.")
+@click.option("--fresh", is_flag=True, help="Start over: forget what an unfinished run left.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished target.")
 @click.option("--verify", "then_verify", is_flag=True, help="Verify the target against the source afterwards.")
 @as_json_option
@@ -201,12 +217,16 @@ def convert(
     out: str | None,
     plan_file: str | None,
     scheduler: str,
+    fresh: bool,
     overwrite: bool,
     then_verify: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Convert a checkpoint: plan, check, move every byte once, publish whole or not at all."""
+    """Convert a checkpoint: plan, check, move every byte once, publish whole or not at all.
+
+    A run that was stopped, or failed, is resumed by the same command.
+    """
     job = _saved(plan_file, options) if plan_file else job_of(_need(src, "SRC"), _need(out, "OUT"), options)
     summary = job.summary()
     if not as_json:
@@ -214,12 +234,13 @@ def convert(
 
         show_plan(summary, job.memory)
     if job.is_done() and not overwrite:
+        job.tidy()
         _say(f"[green]done already[/green] {_plain(job.out)} was made by this very plan")
         outcome = None
     else:
         from .executors.progress import StderrProgress
 
-        outcome = job.execute(scheduler=scheduler, overwrite=overwrite, progress=StderrProgress())
+        outcome = job.execute(scheduler=scheduler, overwrite=overwrite, fresh=fresh, progress=StderrProgress())
     verified = _verified(job, options) if then_verify else None
     _finish(job, summary, outcome, verified, as_json)
 
@@ -246,27 +267,30 @@ def _finish(job: Conversion, summary: dict[str, Any], outcome: Outcome | None, v
         "seconds": seconds,
         "bytes_per_second": summary["bytes_written"] / seconds if seconds else 0.0,
         "peak_rss_bytes": outcome.peak_rss_bytes if outcome else 0,
-        "tiles_resumed": 0,
+        "tiles_resumed": outcome.tiles_resumed if outcome else 0,
     }
     if verified is not None:
         result["verified"] = {"level": verified.level, "tensors": verified.tensors, "equal": verified.equal}
     if as_json:
         _print(result)
         return
-    for note in notes:
+    for note in (*notes, *(outcome.notes if outcome else ())):
         _say(_plain(note))
     if outcome:
         from .render import rate
 
         _say(
             f"[green]done[/green] {_plain(job.out)} in {seconds:.1f} s, {rate(summary['bytes_written'], seconds)}"
+            + (f", {outcome.tiles_resumed} of {summary['tiles']} tiles resumed" if outcome.tiles_resumed else "")
             + (", verified" if verified else "")
         )
     elif verified:
         _say(f"[green]verified[/green] {verified.tensors} tensors")
 
 
-_BESIDE_A_PLAN = ("plan_file", "memory", "workers", "scheduler", "overwrite", "then_verify", "as_json", "family", "config", "vocab_size")
+_BESIDE_A_PLAN = (
+    "plan_file", "memory", "workers", "scheduler", "fresh", "overwrite", "then_verify", "as_json", "family", "config", "vocab_size",
+)  # fmt: skip
 
 
 def _saved(plan_file: str, options: dict[str, Any]) -> Conversion:
@@ -298,7 +322,7 @@ def verify(out: str, src: str | None, as_json: bool, **options: Any) -> None:
     from .api import verify as verify_target
     from .executors.progress import StderrProgress
 
-    found = verify_target(out, src, progress=StderrProgress(), **options)
+    found = verify_target(out, src, progress=StderrProgress(doing="verifying"), **options)
     if as_json:
         _print(
             {
@@ -318,15 +342,15 @@ def verify(out: str, src: str | None, as_json: bool, **options: Any) -> None:
                 _say(f"[red]{what}[/red] … {len(names) - 20} more")
         if not as_json:
             raise VerificationError(
-                f"{len(found.different) + len(found.missing) + len(found.extra)} of {found.tensors} tensors differ", file=out
+                f"{len(found.different) + len(found.missing) + len(found.extra)} differences at level {found.level}", file=out
             )
         sys.exit(4)
     if not as_json:
-        what = (
-            "every byte equals what the source gives"
-            if found.level == "values"
-            else "names, dtypes and shapes fit (give SRC to compare values)"
-        )
+        what = {
+            "values": "every byte equals what the source gives",
+            "bytes": "every file has the checksums that were recorded when it was written",
+            "names": "names, dtypes and shapes fit (no checksums are recorded; give SRC to compare values)",
+        }[found.level]
         _say(f"[green]verified[/green] {found.tensors} tensors: {what}")
 
 

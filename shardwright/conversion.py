@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import Checkpoint, PathLike, open
 from .errors import ReplicaMismatchError, UsageError
 from .planner.cost import cost, figures
+from .planner.fingerprint import plan_hash
 from .planner.identity import FILE_NAME, read_identity
 from .planner.layout import Layout
 from .planner.passes.build import build
 from .planner.passes.check import check
-from .planner.passes.identify import plan_hash
-from .planner.passes.request import Request
 from .planner.plan import Cost, Plan
+from .planner.request import Request
 from .planner.store import LocalStore
 from .sizes import parse_size
 
@@ -49,7 +49,7 @@ def plan(
         Bound on this process's memory: bytes, or ``"8GiB"``. Default: a quarter of what is free, at most 2 GiB.
     options
         Fields of `shardwright.planner.passes.request.Request`: ``dialect, container, spec, dtype, quantize,
-        max_shard_size, pad_vocab_to, trust_replicas, drop``.
+        max_shard_size, pad_vocab_to, trust_replicas, drop, sha256``.
 
     Raises
     ------
@@ -75,12 +75,19 @@ def load_plan(path: PathLike) -> Conversion:
 
 
 def convert(
-    source: Checkpoint | PathLike, out: PathLike, *, to: str, overwrite: bool = False, progress: Progress | None = None, **options: Any
+    source: Checkpoint | PathLike,
+    out: PathLike,
+    *,
+    to: str,
+    overwrite: bool = False,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> Conversion:
-    """Plan and execute; the finished conversion."""
+    """Plan and execute, or go on with what an earlier run left; the finished conversion."""
     scheduler = options.pop("scheduler", "threads")
     job = plan(source, out, to=to, **options)
-    job.execute(scheduler=scheduler, overwrite=overwrite, progress=progress)
+    job.execute(scheduler=scheduler, overwrite=overwrite, fresh=fresh, progress=progress)
     return job
 
 
@@ -141,7 +148,10 @@ class Conversion:
         """Save the plan as JSON; `load_plan` and ``convert --plan`` take it."""
         from .planner import codec
 
-        codec.save(self.plan, Path(path), target_root=self.out)
+        try:
+            codec.save(self.plan, Path(path), target_root=self.out)
+        except OSError as error:
+            raise UsageError("the plan cannot be written", file=path, actual=error.strerror) from None
 
     def is_done(self) -> bool:
         """Whether the target exists already, made by this very plan."""
@@ -150,22 +160,35 @@ class Conversion:
         identity = read_identity(LocalStore(self.out))
         return identity is not None and identity.get("plan_hash") == self.hash
 
-    def execute(self, *, scheduler: Any = "threads", overwrite: bool = False, progress: Progress | None = None) -> Outcome:
-        """Run it and publish the target.
+    def tidy(self) -> None:
+        """Where `is_done`: remove what is left beside the target of a run that was ended while it cleaned up."""
+        from .executors.publish import tidy
+
+        assert self.out is not None
+        tidy(Path(self.out), self.plan)
+
+    def execute(
+        self, *, scheduler: Any = "threads", overwrite: bool = False, fresh: bool = False, progress: Progress | None = None
+    ) -> Outcome:
+        """Run it, or what an earlier run has left of it, and publish the target.
 
         Parameters
         ----------
         scheduler
             ``"threads"``, a dask scheduler's address, or a dask Client.
+        overwrite
+            Replace what the target holds.
+        fresh
+            Forget what an unfinished run left.
 
         Raises
         ------
         Refusal
             Nothing was written.
         ContradictionError
-            The data contradicts the plan; nothing was published.
+            The data contradicts the plan; nothing was published, and nothing is left to resume.
         RunError
-            It failed or was stopped; nothing was published.
+            It failed or was stopped; nothing was published, and the same call resumes.
         """
         from .executors.execute import execute
 
@@ -173,7 +196,14 @@ class Conversion:
             raise UsageError("the plan has no target", remedy="Give OUT when planning")
         try:
             return execute(
-                self.plan, self.out, memory=self.memory, workers=self.workers, overwrite=overwrite, progress=progress, scheduler=scheduler
+                self.plan,
+                self.out,
+                memory=self.memory,
+                workers=self.workers,
+                overwrite=overwrite,
+                fresh=fresh,
+                progress=progress,
+                scheduler=scheduler,
             )
         except ReplicaMismatchError as error:
             raise _with_names(self.plan, error) from None

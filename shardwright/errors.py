@@ -62,7 +62,20 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "VerificationError",
+    "short",
 ]
+
+
+def short(value: object, longest: int = 80) -> str:
+    """A value out of a file in few words, whatever it is: an integer may have too many digits to print, a list too many levels.
+
+    >>> short("x"), short(10**5000)
+    ("'x'", 'a int too large to print')
+    """
+    try:
+        return repr(value)[:longest]
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too large to print"
 
 
 class ShardwrightError(Exception):
@@ -233,9 +246,15 @@ class VerificationError(ContradictionError, AssertionError):
 
 
 class RunError(ShardwrightError, RuntimeError):
-    """Failed while running; the target was not published."""
+    """Failed while running; the target was not published.
+
+    `partial` is the folder from which the same conversion can be resumed, once there is one, and `tiles` how many of its
+    tiles are done, of how many.
+    """
 
     exit_code = 5
+    partial: str | None = None
+    tiles: tuple[int, int] = (0, 0)
 
 
 class StoppedError(RunError):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_json_option", "bounds_options", "job_of", "open_source_of", "source_options", "target_options"]
 
+_LARGEST_LAYOUT = 1 << 20
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -62,6 +63,7 @@ target_options = _options(
     click.option("--spelling", metavar="S", help="Which of its family's spellings a Hugging Face target has, e.g. stacked."),
     click.option("--trust-replicas", is_flag=True, help="Do not read and compare copies."),
     click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out stored tensors of that name."),
+    click.option("--sha256", is_flag=True, help="Record each file's SHA-256, too: reads the finished target once more."),
     source_options,
     bounds_options,
 )
@@ -95,6 +97,7 @@ def job_of(src: str, out: str | None, options: dict[str, Any]) -> Conversion:
         pad_vocab_to=options["pad_vocab_to"],
         trust_replicas=options["trust_replicas"],
         drop=options["drop"],
+        sha256=options["sha256"],
     )
 
 
@@ -128,6 +131,8 @@ def read_layout(file: str) -> Layout:
 
     remedy = 'Write an object like {"tp": 8, "pp": 4}; axes: tp, pp, vpp, ep, etp, stages'
     try:
+        if Path(file).stat().st_size > _LARGEST_LAYOUT:
+            raise LayoutError("the layout file is larger than 1 MiB", file=file, remedy=remedy)
         found = json.loads(Path(file).read_text())
         if not isinstance(found, dict):
             raise LayoutError("the layout file does not hold a JSON object", file=file, actual=type(found).__name__, remedy=remedy)

@@ -8,7 +8,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["rate", "show_checkpoint", "show_plan", "size"]
+__all__ = ["printable", "rate", "show_checkpoint", "show_diff", "show_plan", "size"]
+
+
+def printable(text: str) -> str:
+    """Text that rich prints as it is, but for what would drive the terminal: names come from strangers.
+
+    >>> printable("a[b]\\x1b")
+    'a\\\\[b]\\\\x1b'
+    """
+    return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
 
 def size(nbytes: float) -> str:
@@ -47,9 +56,9 @@ def show_plan(plan: dict[str, Any], memory: int) -> None:
     """A plan's summary: warnings first, then what moves, then memory."""
     console = Console(stderr=True, highlight=False)
     for warning in plan["warnings"]:
-        console.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True)
+        console.print(f"[yellow]warning[/yellow] {printable(warning)}", soft_wrap=True)
     for entry in plan["dropped"][:10]:
-        console.print(f"[yellow]dropped[/yellow] {escape(entry['name'])}: {escape(entry['reason'])}", soft_wrap=True)
+        console.print(f"[yellow]dropped[/yellow] {printable(entry['name'])}: {printable(entry['reason'])}", soft_wrap=True)
     if len(plan["dropped"]) > 10:
         console.print(f"[yellow]dropped[/yellow] … {len(plan['dropped']) - 10} more (--json lists them)")
     table = _table()
@@ -73,25 +82,80 @@ def show_checkpoint(found: dict[str, Any]) -> None:
     """What `inspect` found, on standard output."""
     console = Console(highlight=False)
     table = _table()
-    table.add_row("path", escape(found["path"]))
+    table.add_row("path", printable(found["path"]))
     table.add_row("format", f"{found['format']}, dialect {found['dialect']}, container {found['container']}, {axes(found['layout'])}")
     table.add_row("family", found["family"])
     table.add_row("size", f"{_count(found['tensors'], 'tensor')} in {_count(found['files'], 'file')}, {size(found['bytes'])}")
     table.add_row("dtypes", ", ".join(f"{name} {size(nbytes)}" for name, nbytes in found["dtypes"].items()))
-    table.add_row("config", escape(", ".join(f"{k} {v}" for k, v in found["config"].items())))
+    table.add_row("config", printable(", ".join(f"{k} {v}" for k, v in found["config"].items())))
     if found["padded_vocab"]:
         table.add_row("vocabulary", f"padded to {found['padded_vocab']} rows")
     if found["quantization"]:
         table.add_row("quantised", found["quantization"])
     console.print(table)
     for warning in found["warnings"]:
-        console.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True)
+        console.print(f"[yellow]warning[/yellow] {printable(warning)}", soft_wrap=True)
     for entry in found["dropped"]:
-        console.print(f"[yellow]left out[/yellow] {escape(entry['name'])}: {escape(entry['reason'])}", soft_wrap=True)
+        console.print(f"[yellow]left out[/yellow] {printable(entry['name'])}: {printable(entry['reason'])}", soft_wrap=True)
     for tensor in found.get("stored", ()):
         console.print(
-            f"{tensor['rank']:5}  {tensor['dtype']:10} {escape(tensor['shape'].__str__()):20} {escape(tensor['name'])}", soft_wrap=True
+            f"{tensor['rank']:5}  {tensor['dtype']:10} {printable(tensor['shape'].__str__()):20} {printable(tensor['name'])}",
+            soft_wrap=True,
         )
+
+
+_LISTED = 20
+"""Entries of one kind that are listed; --json has them all."""
+
+
+def show_diff(found: dict[str, Any]) -> None:
+    """What `diff` found (as its JSON object), on standard output: what the sides are, what does not count, what does."""
+    console = Console(highlight=False)
+    table = _table()
+    for label, side in zip("AB", found["sides"], strict=True):
+        what = f"{side['format']}, dialect {side['dialect']}, container {side['container']}, {axes(side['layout'])}, {side['family']}"
+        padded = f", vocabulary padded to {side['padded_vocab']} rows" if side["padded_vocab"] else ""
+        quantised = f", quantised {side['quantization']}" if side["quantization"] else ""
+        table.add_row(label, f"{printable(side['path'])}: {what}{quantised}{padded}")
+    console.print(table)
+    _list(console, "[yellow]config[/yellow]", [f"{c['field']}: {c['values'][0]} in A, {c['values'][1]} in B" for c in found["config"]])
+    for label, side in zip("AB", found["sides"], strict=True):
+        _list(console, f"[yellow]not compared[/yellow] in {label}", [f"{d['name']}: {d['reason']}" for d in side["dropped"]])
+    _list(console, "[yellow]within the tolerance[/yellow]", [_difference(entry) for entry in found["within"]])
+    _list(console, "[red]only in A[/red]", found["missing"])
+    _list(console, "[red]only in B[/red]", found["extra"])
+    _list(console, "[red]copies differ[/red]", [f"{c['name']} in {c['path']}, first at {tuple(c['index'])}" for c in found["copies"]])
+    _list(console, "[red]different[/red]", [_difference(entry) for entry in found["different"]])
+    ok = not (found["different"] or found["missing"] or found["extra"] or found["copies"])
+    close = f", {len(found['within'])} within the tolerance" if found["within"] else ""
+    verdict = "[green]equal[/green]" if ok else "[red]different[/red]"
+    console.print(f"{verdict}: {found['equal']:,} of {_count(found['tensors'], 'tensor')} are equal{close}", soft_wrap=True)
+
+
+def _list(console: Console, label: str, lines: list[str]) -> None:
+    for line in lines[:_LISTED]:
+        console.print(f"{label} {printable(line)}", soft_wrap=True)
+    if len(lines) > _LISTED:
+        console.print(f"{label} … {len(lines) - _LISTED:,} more (--json lists them)", soft_wrap=True)
+
+
+def _difference(entry: dict[str, Any]) -> str:
+    """One tensor: ``name: bfloat16 and float32; 3 of 4,096 elements, first at (1, 6): 0.25 and 0.5; …``."""
+    parts = []
+    for what in ("shape", "dtype"):
+        if what in entry["what"]:
+            one, two = entry[f"{what}s"]
+            parts.append(f"{what} {tuple(one)} and {tuple(two)}" if what == "shape" else f"{one} and {two}")
+    if first := entry["first"]:
+        one, two = first["values"]
+        parts.append(f"{entry['differing']:,} of {entry['elements']:,} elements, first at {tuple(first['index'])}: {one} and {two}")
+    if at := entry["largest_at"]:
+        parts.append(f"largest difference {entry['largest']} at {tuple(at['index'])}, relative {entry['relative']}")
+    elif first:
+        parts.append("values equal, bits not")
+    elif "values" not in entry["what"] and "shape" not in entry["what"]:
+        parts.append("values equal")
+    return f"{entry['name']}: {'; '.join(parts)}"
 
 
 def _table() -> Table:

@@ -1,6 +1,6 @@
 """The arena: all working memory of a run, handed out first come, first served.
 
-`Arena.take` blocks until the bytes are free; it *is* the semaphore that bounds memory. Buffers are page-aligned
+`Arena.take` blocks until the bytes are free; it *is* the semaphore that bounds memory. Buffers are page-aligned private
 anonymous maps, allocated once and used again by whoever next asks for that size; a buffer of another size is given back
 to the system only when its bytes are needed.
 """
@@ -78,4 +78,7 @@ class Arena:
                 return self._idle.pop(index)
         while self._idle and self._taken + sum(b.nbytes for b in self._idle) + nbytes > self.nbytes:
             self._idle.pop()
-        return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8) if nbytes else np.empty(0, np.uint8)
+        if not nbytes:
+            return np.empty(0, np.uint8)
+        # Private: a shared anonymous map is no anonymous memory to the kernel, and escapes whoever counts that.
+        return np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)

@@ -4,9 +4,9 @@
    declare at least one slab of it; it is then taken per tile. Where none does, each worker's own arena bounds it.
 2. One task per tile, ``priority=-index``, a window of them at a time. The payload is the tile alone, under 1 MiB; no
    tensor crosses the wire. Source and target must be visible to every worker under the same paths.
-3. Each result is a receipt that follows the worker's own fsync. Checksums that a container wants are joined here.
-4. The first error, or a signal, cancels what waits and halts what runs; when no worker runs a tile of this run any more
-   the first cause is raised.
+3. Each result is a receipt that follows the worker's own fsync, and is handed on.
+4. The first error halts what runs, a signal lets it finish; what waits does not start. When no worker runs a tile of
+   this run any more the first cause is raised.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import os
 import pickle
 import time
 import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -22,11 +24,9 @@ from ..errors import PlanError, RunError, UsageError
 from ..planner.passes.memory import Fit
 from ..planner.plan import Plan, TargetFile
 from . import worker
-from .local import jobs
+from .local import Finished, jobs
 from .progress import NullProgress, Progress
 from .stopping import Stop
-from .targets import TargetFiles
-from .tile import Receipt
 
 __all__ = ["PAYLOAD_BYTES", "Cluster", "payload"]
 
@@ -36,6 +36,10 @@ RESOURCE = "bytes"
 """The workers' resource that bounds tiles."""
 _PATIENCE = 10.0
 """Seconds to wait for a first worker."""
+_GLANCE = 0.5
+"""Seconds between two looks at the stop flag."""
+_PATIENT_GLANCES = 40
+"""Looks, 0.05 s apart, at workers that run nothing, before what has not come back is given up."""
 
 
 class Cluster:
@@ -99,8 +103,18 @@ class Cluster:
         if self._own:
             self.client.close()
 
-    def run(self, plan: Plan, targets: TargetFiles, fit: Fit, *, progress: Progress | None = None, stop: Stop | None = None) -> Receipt:
-        """Run every tile; after it returns or raises no worker writes.
+    def run(
+        self,
+        plan: Plan,
+        target_root: Path,
+        fit: Fit,
+        *,
+        tiles: Sequence[int],
+        finished: Finished,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
+    ) -> None:
+        """Run tiles of a plan; after it returns or raises no worker writes. Parameters as in `local.run`.
 
         Raises
         ------
@@ -111,15 +125,16 @@ class Cluster:
         """
         progress = progress or NullProgress()
         window = 4 * sum(int(w["nthreads"]) for w in self.workers.values())
-        run = _Run(self.client, plan, targets, fit, self.check(fit), progress, stop or Stop(), window=window)
-        progress.start(int(plan.tiles.bytes_written.sum()))
+        run = _Run(self.client, plan, str(target_root), fit, self.check(fit), finished, progress, stop or Stop(), window=window)
+        total = int(plan.tiles.bytes_written.sum())
+        progress.start(total)
+        progress.advance(total - int(plan.tiles.bytes_written[list(tiles)].sum()))
         try:
             with run.stop.on_signals():
-                run.drive()
+                run.drive(tiles)
         finally:
             progress.stop()
         run.stop.raise_cause()
-        return run.receipt
 
 
 class _Run:
@@ -129,9 +144,10 @@ class _Run:
         self,
         client: Any,
         plan: Plan,
-        targets: TargetFiles,
+        target_root: str,
         fit: Fit,
         resources: dict[str, int],
+        finished: Finished,
         progress: Progress,
         stop: Stop,
         *,
@@ -139,23 +155,23 @@ class _Run:
     ) -> None:
         self.client = client
         self.plan = plan
-        self.targets = targets
+        self.target_root = target_root
         self.fit = fit
         self.resources = resources
+        self.finished = finished
         self.progress = progress
         self.window = window
         self.token = uuid.uuid4().hex
         self.stop = stop
-        self.receipt = Receipt()
         self._done: SimpleQueue[Any] = SimpleQueue()
         self._flying: dict[str, Any] = {}
 
-    def drive(self) -> None:
+    def drive(self, tiles: Iterable[int]) -> None:
         """Submit and collect until nothing is left, or the run stops; then no worker runs a tile of it."""
-        tiles = iter(range(len(self.plan.tiles)))
+        waiting = iter(tiles)
         try:
             while not self.stop.is_set():
-                while len(self._flying) < self.window and (tile := next(tiles, None)) is not None:
+                while len(self._flying) < self.window and (tile := next(waiting, None)) is not None:
                     self._submit(tile)
                 if not self._flying:
                     break
@@ -167,39 +183,44 @@ class _Run:
         self._everywhere(worker.close)
 
     def _submit(self, tile: int) -> None:
-        data = payload(self.plan, tile, self.fit, self.token, str(self.targets.root))
+        data = payload(self.plan, tile, self.fit, self.token, self.target_root)
         future = self.client.submit(
             worker.run_tile, data, key=f"tile-{self.token}-{tile}", priority=-tile, resources=self.resources or None, pure=False
         )
-        self._flying[future.key] = future
+        self._flying[future.key] = tile, future
         future.add_done_callback(self._done.put)
 
     def _collect(self) -> None:
         """One finished future, or nothing within half a second (so that signals are seen)."""
         try:
-            future = self._done.get(timeout=0.5)
+            future = self._done.get(timeout=_GLANCE)
         except Empty:
             return
-        self._flying.pop(future.key, None)
+        tile, _ = self._flying.pop(future.key)
         try:
-            receipt, extents = future.result()
+            receipt = future.result()
         except Exception as error:
-            self.stop.set(_cause(error))
+            self.stop.set(_cause(error), finish_tiles=self.stop.is_set() and not self.stop.at_once())
             return
-        self.receipt.add(receipt)
-        self.targets.checksums.absorb(extents)
+        self.finished(tile, receipt)
         self.progress.advance(receipt.bytes_written)
 
     def _halt(self) -> None:
-        """Cancel what waits, stop what runs, and wait for it."""
-        self._everywhere(worker.halt)
-        if self._flying:
-            self.client.cancel(list(self._flying.values()), force=True)
-        while any(isinstance(n, int) and n for n in self._everywhere(worker.active).values()):
+        """Tell every worker, also those that join meanwhile, until nothing of this run is running; what is finished counts."""
+        idle = 0
+        while idle < _PATIENT_GLANCES:
+            self._everywhere(worker.halt, not self.stop.at_once())
+            while not self._done.empty():
+                self._collect()
+            busy = any(isinstance(n, int) and n for n in self._everywhere(worker.active).values())
+            # Tiles that no worker has begun come back refused; those of workers that died may not come back at all.
+            idle = 0 if busy else _PATIENT_GLANCES if not self._flying else idle + 1
             time.sleep(0.05)
+        if self._flying:
+            self.client.cancel([future for _, future in self._flying.values()], force=True)
 
-    def _everywhere(self, function: Any) -> dict[str, Any]:
-        found: dict[str, Any] = self.client.run(function, self.token, on_error="ignore")
+    def _everywhere(self, function: Any, *arguments: Any) -> dict[str, Any]:
+        found: dict[str, Any] = self.client.run(function, self.token, *arguments, on_error="ignore")
         return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +21,8 @@ import numpy as np
 
 from ..planner.plan import TargetFile, TensorEntry
 from ..planner.tensor.dtypes import dtype
-from .descriptors import Descriptors, failed
-from .extents import Checksums
+from .descriptors import Descriptors, failed, open_regular
+from .extents import Checksums, Extent
 from .transfer import Write
 
 __all__ = ["CompareFiles", "Difference", "first_difference"]
@@ -84,8 +84,8 @@ class CompareFiles:
         self, root: str | os.PathLike[str], files: Sequence[TargetFile], tensors: Sequence[TensorEntry], *, limit: int | None = None
     ) -> None:
         self.root = Path(root)
-        self.files = files
-        self.checksums = Checksums(dict(enumerate(files)))
+        self.files = dict(enumerate(files))
+        self._checksums = Checksums(self.files)
         self._tensors = sorted((t for t in tensors if prod(t.shape)), key=lambda t: (t.file, t.offset))
         self._places = [(t.file, t.offset) for t in self._tensors]
         self._found: dict[tuple[int, int], int] = {}
@@ -95,7 +95,7 @@ class CompareFiles:
 
     def check_files(self) -> None:
         """Compare sizes and every static byte."""
-        for number, file in enumerate(self.files):
+        for number, file in self.files.items():
             try:
                 size = (self.root / file.path).stat().st_size
             except OSError:
@@ -106,8 +106,6 @@ class CompareFiles:
                 continue
             patches = [(p, p + 4) for crc in file.crcs for p in crc.patches]
             for offset, data in file.static:
-                if file.crcs:
-                    self.checksums.add(number, offset, memoryview(data))
                 for at, part in _outside(offset, memoryview(data), patches):
                     with self._descriptors.use(number) as fd:
                         self._compare(fd, number, at, part)
@@ -119,17 +117,27 @@ class CompareFiles:
             yield _ignore
             return
         with self._descriptors.use(number) as fd:
-            compare = partial(self._compare, fd, number)
             try:
-                yield self.checksums.watching(number, compare) if self.files[number].crcs else compare
+                yield partial(self._compare, fd, number)
             except OSError as error:
                 raise failed(error, self.files[number].path, "reading") from error
 
+    def witnessed(self, number: int) -> bool:
+        """Files that hold checksums of data are: those are compared, too."""
+        return bool(self.files[number].crcs)
+
+    def absorb(self, extents: Iterable[Extent]) -> None:
+        """A tile has been compared."""
+        with self._lock:
+            self._checksums.absorb(extents)
+
     def finish(self) -> None:
         """Compare the checksums."""
-        for number, offset, data in self.checksums.patches(skip=self._files_found):
-            with self._descriptors.use(number) as fd:
-                self._compare(fd, number, offset, memoryview(data))
+        for number, file in self.files.items():
+            if file.crcs and number not in self._files_found:
+                for offset, data in self._checksums.seal(number)[1]:
+                    with self._descriptors.use(number) as fd:
+                        self._compare(fd, number, offset, memoryview(data))
 
     def close(self) -> None:
         """Close every file."""
@@ -177,7 +185,7 @@ class CompareFiles:
 
     def _open(self, number: int) -> int:
         try:
-            return os.open(self.root / self.files[number].path, os.O_RDONLY | os.O_CLOEXEC)
+            return open_regular(self.root / self.files[number].path)
         except OSError as error:
             raise failed(error, self.files[number].path, "opening") from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from pathlib import Path
 from threading import Lock
 
 from ..errors import RunError
+from . import system
 
-__all__ = ["Descriptors", "descriptor_limit", "failed", "sync_path"]
+__all__ = ["Descriptors", "descriptor_limit", "failed", "open_regular", "sync_path"]
 
 _REMEDIES = {
     errno.ENOSPC: "The disk is full: free some space and run again",
@@ -93,11 +95,26 @@ class Descriptors:
                 os.close(self._fds.popitem()[1])
 
 
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """A descriptor that reads an ordinary file; anything else (a pipe would wait for ever) is refused without waiting.
+
+    Raises
+    ------
+    OSError
+        It cannot be opened, or is no ordinary file.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not an ordinary file", os.fspath(path))
+    return fd
+
+
 def sync_path(path: Path) -> None:
     """Flush a file or directory to its device."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        system.sync(fd)
     except OSError as error:
         raise failed(error, path, "syncing") from error
     finally:

@@ -1,7 +1,7 @@
 """From a plan to a published target, and from a plan and a target to their differences.
 
-`execute`: fit the memory bound → refuse or prepare → lay out files → run → checksums → copies → sync → publish. Whatever
-fails before the last step removes what was written.
+`execute`: fit the memory bound → refuse, prepare or resume → lay out files → run the tiles that are not done, journaling
+them → seal → sync → publish. Whatever fails on the way leaves what the next run can go on from.
 
 `compare`: the same run with a sink that compares. `read_box` reads one box of one lazy tensor into memory.
 """
@@ -9,10 +9,9 @@ fails before the last step removes what was written.
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,23 +19,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import RunError
+from ..errors import ContradictionError, PlanError
 from ..planner.passes.memory import STRIP_FLOOR, Fit, fit, itemsize, plan_nbytes, whole_items
 from ..planner.plan import Plan
 from ..planner.tensor.pieces import FILL, Piece
 from .arena import Buffer
 from .compare import CompareFiles, Difference
-from .descriptors import failed
+from .extents import Checksums
+from .host import default_workers, memory_room
 from .layouts import moves
+from .ledger import Ledger
 from .local import run
 from .padding import Padding
 from .progress import Progress
-from .publish import prepare
-from .sources import SourceFiles, check_unchanged, unchecked
+from .publish import Publication, prepare
+from .sealing import seal
+from .sources import RESTORE, SourceFiles, check_unchanged, unchecked
 from .stopping import Stop
-from .targets import Sink, TargetFiles
+from .targets import TargetFiles
 from .tile import Receipt
 from .transfer import gather, read_steps
+from .watchdog import anonymous_bytes, watched
 
 if TYPE_CHECKING:
     from .cluster import Cluster
@@ -50,8 +53,12 @@ class Outcome:
 
     Attributes
     ----------
+    bytes_read, bytes_written
+        Of tensor data, by this run alone.
     peak_rss_bytes
         Most memory that this process has had resident so far, file pages included.
+    tiles_resumed
+        Tiles that earlier runs had finished.
     padding
         By hub tensor: what its padding rows held.
     notes
@@ -64,6 +71,7 @@ class Outcome:
     peak_rss_bytes: int
     workers: int
     strip_bytes: int
+    tiles_resumed: int
     padding: dict[str, Padding]
     notes: tuple[str, ...] = ()
 
@@ -76,7 +84,7 @@ def fit_plan(plan: Plan, memory: int, workers: int | None = None) -> Fit:
     MemoryBoundError
         The bound is too small.
     """
-    wanted = min(8, os.cpu_count() or 1) if workers is None else workers
+    wanted = default_workers() if workers is None else workers
     return fit(plan.programs, memory, wanted, plan_nbytes(plan), whole_items(plan.programs, plan.tiles))
 
 
@@ -87,11 +95,11 @@ def execute(
     memory: int,
     workers: int | None = None,
     overwrite: bool = False,
+    fresh: bool = False,
     progress: Progress | None = None,
     scheduler: Any = "threads",
-    plan_text: str | None = None,
 ) -> Outcome:
-    """Run a plan and publish its target.
+    """Run a plan, or what is left of it, and publish its target.
 
     Parameters
     ----------
@@ -99,34 +107,43 @@ def execute(
         Bound on this process's memory in bytes (on a cluster: on each worker's).
     workers
         Most lanes at a time; by default the cores, at most 8.
+    overwrite
+        Replace what OUT holds.
+    fresh
+        Forget what an unfinished run left.
     scheduler
         ``"threads"``, the address of a dask scheduler, or a dask `Client`.
-    plan_text
-        The plan as JSON, kept in OUT.partial while the run lasts.
 
     Raises
     ------
     Refusal
-        Nothing was written.
-    ContradictionError, RunError
-        The target was not published.
+        Nothing was written; what an earlier run left is still there.
+    ContradictionError
+        The target was not published, and what was written is removed.
+    RunError
+        The target was not published; the same call resumes.
     """
     began = time.monotonic()
     with _connected(scheduler) as cluster:
-        fitted = fit_plan(plan, memory, cluster.lanes if cluster else workers)
-        if cluster:
-            cluster.check(fitted)
+        lanes = cluster.lanes if cluster else workers
+        usable = memory if cluster else min(memory, memory_room() + anonymous_bytes())
+        fit_plan(plan, usable, lanes)
         check_unchanged(plan.source_root, plan.source_files)
         stop = Stop()
         # A signal counts from the first byte on disk to the last; what is whole by then is published.
-        with stop.on_signals():
-            publication = prepare(Path(out), plan, overwrite=overwrite, plan_text=plan_text)
-            try:
-                receipt = _fill(plan, publication.data, fitted, cluster, progress, stop)
-            except BaseException:
-                publication.discard()
-                raise
+        with stop.on_signals(), prepare(Path(out), plan, overwrite=overwrite, fresh=fresh) as publication:
+            plan = publication.plan
+            fitted = fit_plan(plan, usable, lanes)
+            if cluster:
+                cluster.check(fitted)
+            receipt = Receipt()
+            if publication.left is None or not publication.left.whole:
+                with nullcontext() if cluster else watched(usable, fitted, plan_nbytes(plan), stop):
+                    receipt = _fill(publication, fitted, cluster, progress, stop)
             publication.publish()
+    for earlier in publication.done.values():
+        receipt.padding.update(earlier.padding)
+    lowered = () if usable == memory else (f"memory bound lowered to {usable} bytes: this machine or its cgroup has no more",)
     return Outcome(
         time.monotonic() - began,
         receipt.bytes_read,
@@ -134,8 +151,9 @@ def execute(
         peak_rss_bytes(),
         fitted.workers,
         fitted.strip_bytes,
+        len(publication.done),
         receipt.padding,
-        publication.notes,
+        (*lowered, *publication.notes),
     )
 
 
@@ -154,45 +172,47 @@ def _connected(scheduler: Any) -> Iterator[Cluster | None]:
         cluster.close()
 
 
-def _fill(plan: Plan, data: Path, fitted: Fit, cluster: Cluster | None, progress: Progress | None, stop: Stop) -> Receipt:
-    """Every byte of the target, synced."""
-    targets = TargetFiles(data, plan.target_files, stop=stop)
+def _fill(publication: Publication, fitted: Fit, cluster: Cluster | None, progress: Progress | None, stop: Stop) -> Receipt:
+    """Every byte of the target, synced; what this run did."""
+    plan, done = publication.plan, publication.done
+    targets = TargetFiles(publication.data, plan.target_files, stop=stop)
+    sources = SourceFiles(plan.source_root, plan.source_files, remedy=RESTORE)
+    checksums = Checksums(targets.files)
     try:
-        targets.create()
-        if cluster is None:
-            receipt = _run_here(plan, targets, fitted, progress, stop)
+        if publication.left is None:
+            targets.create()
+            targets.sync()  # a file that lost its size could not be resumed
         else:
-            receipt = cluster.run(plan, targets, fitted, progress=progress, stop=stop)
-        targets.finish()
-        _copy(plan, data)
+            targets.reopen()
+        journal = publication.begin()
+        try:
+            for receipt in done.values():
+                checksums.absorb(receipt.extents)
+        except ContradictionError as error:
+            raise PlanError(f"the journal contradicts itself: {error}", remedy="Start over with --fresh") from error
+        tiles = [tile for tile in range(len(plan.tiles)) if tile not in done]
+        # A cluster's workers have synced and checked before they hand in a tile.
+        durable = (_nothing, _nothing) if cluster else (targets.sync, sources.check)
+        ledger = Ledger(journal, checksums, stop, sync=durable[0], check=durable[1])
+        try:
+            with ledger:
+                if cluster is None:
+                    run(plan, sources, targets, fitted, tiles=tiles, finished=ledger.finished, progress=progress, stop=stop)
+                else:
+                    cluster.run(plan, targets.root, fitted, tiles=tiles, finished=ledger.finished, progress=progress, stop=stop)
+        finally:
+            publication.finished = ledger.tiles
+        stop.raise_cause()
+        ledger.total.bytes_read += seal(plan, targets, checksums, fitted.workers, stop)
         targets.sync()
     finally:
         targets.close()
-    return receipt
-
-
-def _run_here(plan: Plan, sink: Sink, fitted: Fit, progress: Progress | None, stop: Stop | None = None) -> Receipt:
-    sources = SourceFiles(plan.source_root, plan.source_files)
-    try:
-        return run(plan, sources, sink, fitted, progress=progress, stop=stop)
-    finally:
         sources.close()
+    return ledger.total
 
 
-def _copy(plan: Plan, data: Path) -> None:
-    """The small files that are carried over as they are, synced."""
-    for source, target in plan.copies:
-        path = data / target
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(Path(plan.source_root) / source, "rb") as reading, open(path, "xb") as writing:
-                shutil.copyfileobj(reading, writing, 1 << 18)
-                writing.flush()
-                os.fsync(writing.fileno())
-        except FileNotFoundError:
-            raise RunError("a file to be carried over is missing", file=source) from None
-        except OSError as error:
-            raise failed(error, source, "copying") from error
+def _nothing(numbers: Collection[int]) -> None:
+    """What a worker has done already."""
 
 
 def compare(
@@ -201,13 +221,23 @@ def compare(
     """Every target tensor, header and carried file that is not what the plan makes of the source."""
     fitted = fit_plan(plan, memory, workers)
     target = CompareFiles(target_root, plan.target_files, plan.target_tensors)
+    sources = SourceFiles(plan.source_root, plan.source_files)
     try:
         target.check_files()
-        _run_here(plan, target, fitted, progress)
+        run(
+            plan,
+            sources,
+            target,
+            fitted,
+            tiles=range(len(plan.tiles)),
+            finished=lambda tile, receipt: target.absorb(receipt.extents),
+            progress=progress,
+        )
         target.finish()
         found = target.differences()
     finally:
         target.close()
+        sources.close()
     return [*found, *_compare_copies(plan, Path(target_root))]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["default_memory", "default_workers"]
+__all__ = ["default_memory", "default_workers", "memory_room"]
 
 _MOST = 2 << 30
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -13,7 +13,12 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 def default_memory() -> int:
     """A quarter of what the host or cgroup has free, at most 2 GiB, in bytes."""
-    return min(_MOST, min([_available(), *_cgroup_rooms()]) // 4)
+    return min(_MOST, memory_room() // 4)
+
+
+def memory_room() -> int:
+    """Bytes that this process may still take: of the host, and of every cgroup that it is in."""
+    return min([_available(), *_cgroup_rooms()])
 
 
 def default_workers() -> int:
@@ -34,24 +39,36 @@ def _available() -> int:
 
 
 def _cgroup_rooms() -> list[int]:
-    """Bytes left under each memory limit of the process's cgroup and of those around it (version 2)."""
+    """Bytes left under each memory limit of the process's cgroup and of those around it, of either version."""
     try:
-        group = next(line.split("::")[1] for line in Path("/proc/self/cgroup").read_text().splitlines() if "::" in line)
-    except (OSError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
         return []
-    parts = Path(group.strip().lstrip("/")).parts
-    rooms = (_room(_CGROUPS.joinpath(*parts[:depth])) for depth in range(len(parts) + 1))
-    return [room for room in rooms if room is not None]
+    found = []
+    for line in lines:
+        number, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        parts = Path(group.strip().lstrip("/")).parts
+        for depth in range(len(parts) + 1):
+            if number == "0":
+                room = _room(_CGROUPS.joinpath(*parts[:depth]), "memory.max", "memory.current", "")
+            elif "memory" in controllers.split(","):
+                room = _room(_CGROUPS.joinpath("memory", *parts[:depth]), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+            else:
+                continue
+            if room is not None:
+                found.append(room)
+    return found
 
 
-def _room(folder: Path) -> int | None:
+def _room(folder: Path, limit_name: str, used_name: str, prefix: str) -> int | None:
     """What one cgroup may still take; pages of files count as free, since the kernel gives them up first."""
     try:
-        limit = (folder / "memory.max").read_text().strip()
+        limit = (folder / limit_name).read_text().strip()
         if limit == "max":
             return None
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        pages = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-        return max(0, int(limit) - max(0, int((folder / "memory.current").read_text()) - pages))
+        pages = int(stat.get(f"{prefix}inactive_file", 0)) + int(stat.get(f"{prefix}active_file", 0))
+        return max(0, int(limit) - max(0, int((folder / used_name).read_text()) - pages))
     except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""Kernels: the only torch compute.
+"""Kernels: the only compute on values.
 
 A value op names its kernel as ``"module:function"``; `kernel` imports it, and torch with it, when a plan needs one. The
 contract::
@@ -9,14 +9,24 @@ contract::
 own box, all row-major; `scratch` is a flat uint8 tensor of ``op.scratch`` bytes per pivot element. A kernel fills its
 outputs, works in place or with ``out=``, and allocates nothing that grows with the strip. It runs on one thread: lanes
 run side by side.
+
+The way back, for comparisons, is numpy alone (`values_kernel`), for it is exact in float64 and needs no torch::
+
+    kernel(stored, values) -> None
+
+`stored` holds the scheme's outputs for a box of the tensor, each in the shape of its own box; `values`, float64 in the
+shape of the box, is filled with what they stand for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ..errors import PlanError
 from ..planner.schemes import SCHEMES
@@ -24,9 +34,10 @@ from ..planner.schemes import SCHEMES
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Kernel", "cast", "kernel", "quantise_int8_channel"]
+__all__ = ["Kernel", "ValuesKernel", "cast", "dequantise_int8_channel", "kernel", "quantise_int8_channel", "values_kernel"]
 
 Kernel = Callable[["torch.Tensor", "list[torch.Tensor]", "torch.Tensor"], None]
+ValuesKernel = Callable[[Sequence[npt.NDArray[Any]], npt.NDArray[np.float64]], None]
 
 
 @cache
@@ -39,19 +50,36 @@ def kernel(path: str) -> Kernel:
         Nothing of that name, or a module outside this package that no registered scheme names: a plan may come from a
         file and must not choose code.
     """
-    module, _, name = path.partition(":")
-    if module.partition(".")[0] != __name__.partition(".")[0] and path not in {scheme.kernel for scheme in SCHEMES}:
+    if path.partition(":")[0].partition(".")[0] != __name__.partition(".")[0] and path not in {scheme.kernel for scheme in SCHEMES}:
         raise PlanError(
             "a kernel belongs to no registered scheme", actual=path, remedy="Register the scheme in this process (shardwright.register)"
         )
-    try:
-        found: Kernel = getattr(import_module(module), name)
-    except (ImportError, AttributeError):
-        raise PlanError("no such kernel", actual=path) from None
+    found: Kernel = _function(path)
     import torch
 
     torch.set_num_threads(1)
     return found
+
+
+@cache
+def values_kernel(path: str) -> ValuesKernel:
+    """Import a scheme's kernel back to values; its name comes from a registered scheme, never from a file.
+
+    Raises
+    ------
+    PlanError
+        Nothing of that name.
+    """
+    found: ValuesKernel = _function(path)
+    return found
+
+
+def _function(path: str) -> Any:
+    module, _, name = path.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        raise PlanError("no such kernel", actual=path) from None
 
 
 def cast(source: torch.Tensor, outputs: list[torch.Tensor], scratch: torch.Tensor) -> None:
@@ -98,3 +126,17 @@ def quantise_int8_channel(source: torch.Tensor, outputs: list[torch.Tensor], scr
         s.masked_fill_(s == 0, torch.finfo(s.dtype).eps)
         torch.div(w, s, out=quotient[:n]).clamp_(-128, 127).round_()
         payload[at : at + n].copy_(quotient[:n])
+
+
+def dequantise_int8_channel(stored: Sequence[npt.NDArray[Any]], values: npt.NDArray[np.float64]) -> None:
+    """``q · s``, unrounded: int8 times one scale per row is exact in float64 for every scale of up to 32 bits.
+
+    Parameters
+    ----------
+    stored
+        ``[rows, columns]`` int8 and ``[rows, 1]`` scales.
+    values
+        ``[rows, columns]``.
+    """
+    payload, scale = stored
+    np.multiply(payload, scale.astype(np.float64), out=values)

@@ -2,28 +2,33 @@
 
 1. Every lane takes a slab from the arena, then the next tile from one ordered, locked iterator, until the iterator ends
    or the stop flag is set. (Tiles as independent tasks would run in reverse order and go on after an exception.)
-2. The first error, or a signal, sets the flag; lanes look at it before each tile and between strips. No exception
-   leaves a lane, so the scheduler waits for all of them.
-3. When every lane has returned the scheduler's threads are gone, nothing writes any more, and the *first* cause is
+2. A finished tile's receipt is handed on at once; who takes it may make the lane wait.
+3. The first error, or a signal, sets the flag; lanes look at it before each tile, and after an error between strips. No
+   exception leaves a lane, so the scheduler waits for all of them.
+4. When every lane has returned the scheduler's threads are gone, nothing writes any more, and the *first* cause is
    raised.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 
 from ..planner.passes.memory import Fit
 from ..planner.plan import Plan
 from .arena import Arena
+from .extents import Sink
 from .layouts import Layouts
 from .progress import NullProgress, Progress
 from .sources import SourceFiles
 from .stopping import Stop
-from .targets import Sink
 from .tile import Job, Receipt, Runner, Stopped
 
-__all__ = ["jobs", "run"]
+__all__ = ["Finished", "jobs", "run"]
+
+Finished = Callable[[int, Receipt], None]
+"""Takes a finished tile and its receipt."""
 
 
 def jobs(plan: Plan, tile: int) -> list[Job]:
@@ -40,16 +45,19 @@ def jobs(plan: Plan, tile: int) -> list[Job]:
 class _Lanes:
     """What the lanes of one run share."""
 
-    def __init__(self, plan: Plan, runner: Runner, arena: Arena, slab_bytes: int, stop: Stop) -> None:
+    def __init__(
+        self, plan: Plan, tiles: Iterable[int], runner: Runner, sink: Sink, arena: Arena, slab_bytes: int, finished: Finished, stop: Stop
+    ) -> None:
         self.plan = plan
         self.runner = runner
+        self.sink = sink
         self.arena = arena
         self.slab_bytes = slab_bytes
+        self.finished = finished
         self.stop = stop
-        self.receipt = Receipt()
-        self._tiles = iter(range(len(plan.tiles)))
+        self._tiles = iter(tiles)
         self._lock = Lock()
-        runner.stopping = self.stop.is_set
+        runner.stopping = self.stop.at_once
 
     def next_tile(self) -> int | None:
         """The next tile in plan order; None when there is none or the run stops."""
@@ -61,22 +69,34 @@ class _Lanes:
         try:
             with self.arena.take(self.slab_bytes) as slab:
                 while (tile := self.next_tile()) is not None:
-                    receipt = self.runner.run(jobs(self.plan, tile), slab)
-                    with self._lock:
-                        self.receipt.add(receipt)
+                    self.finished(tile, self.runner.run(jobs(self.plan, tile), self.sink, slab))
         except Stopped:
             return
         except BaseException as error:
             self.stop.set(error)
 
 
-def run(plan: Plan, sources: SourceFiles, sink: Sink, fit: Fit, *, progress: Progress | None = None, stop: Stop | None = None) -> Receipt:
-    """Run every tile of a plan; after it returns or raises nothing reads or writes.
+def run(
+    plan: Plan,
+    sources: SourceFiles,
+    sink: Sink,
+    fit: Fit,
+    *,
+    tiles: Sequence[int],
+    finished: Finished,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+) -> None:
+    """Run tiles of a plan; after it returns or raises nothing reads or writes.
 
     Parameters
     ----------
     fit
         Workers and strips that fit the memory bound.
+    tiles
+        Which of the plan's tiles, in the order they start.
+    finished
+        Takes a tile and its receipt, in any thread.
     stop
         A flag that is shared with what comes before and after the run.
 
@@ -91,17 +111,18 @@ def run(plan: Plan, sources: SourceFiles, sink: Sink, fit: Fit, *, progress: Pro
     """
     progress = progress or NullProgress()
     layouts = Layouts(dict(enumerate(plan.programs)), fit.strip_bytes)
-    runner = Runner(layouts, sources, sink, strip_bytes=fit.strip_bytes, advance=progress.advance)
-    workers = max(1, min(fit.workers, len(plan.tiles)))
-    lanes = _Lanes(plan, runner, Arena(workers * fit.slab_bytes), fit.slab_bytes, stop or Stop())
-    progress.start(int(plan.tiles.bytes_written.sum()))
+    runner = Runner(layouts, sources, strip_bytes=fit.strip_bytes, advance=progress.advance)
+    workers = max(1, min(fit.workers, len(tiles)))
+    lanes = _Lanes(plan, tiles, runner, sink, Arena(workers * fit.slab_bytes), fit.slab_bytes, finished, stop or Stop())
+    total = int(plan.tiles.bytes_written.sum())
+    progress.start(total)
+    progress.advance(total - int(plan.tiles.bytes_written[list(tiles)].sum()))
     try:
         with lanes.stop.on_signals():
             _schedule(lanes, workers)
     finally:
         progress.stop()
     lanes.stop.raise_cause()
-    return lanes.receipt
 
 
 def _schedule(lanes: _Lanes, workers: int) -> None:

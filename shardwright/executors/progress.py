@@ -41,11 +41,14 @@ class StderrProgress:
 
     Parameters
     ----------
+    doing
+        One word beside the bar.
     every
         Seconds between plain lines.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, every: float = 5.0) -> None:
+    def __init__(self, stream: TextIO | None = None, *, doing: str = "writing", every: float = 5.0) -> None:
+        self._doing = doing
         self._stream = sys.stderr if stream is None else stream
         self._every = every
         self._lock = Lock()
@@ -60,7 +63,7 @@ class StderrProgress:
         self._began = self._said = time.monotonic()
         if self._stream.isatty():
             self._bar = _rich_bar(self._stream)
-            self._task = self._bar.add_task("writing", total=total_bytes)
+            self._task = self._bar.add_task(self._doing, total=total_bytes)
             self._bar.start()
 
     def advance(self, nbytes: int) -> None:

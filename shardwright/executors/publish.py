@@ -1,15 +1,20 @@
-"""Publishing: nothing half-written can be opened.
+"""Publishing: nothing half-written can be opened, and nothing finished is done twice.
+
+``OUT.partial/`` beside OUT holds ``lock`` (held with `flock` for as long as the run lives, so that a crash releases it),
+``plan.json``, ``data/`` (files under their final names) and ``journal``.
 
 1. `prepare` refuses what cannot work before anything is written: a target that holds something, a target that is the
-   working directory or a mount point, an unwritable parent, source and target inside each other, too little space.
-2. It makes ``OUT.partial/`` beside OUT: ``data/`` (files under their final names), ``plan.json``, ``lock`` (held with
-   `flock` for as long as the run lives; ``journal`` will have its place here). A second run on the same OUT is refused;
-   what a dead run left is removed.
-3. `Publication.publish` syncs files and folders, renames ``data/`` to OUT, syncs the parent and removes OUT.partial. No
-   file ever changes its name.
-4. With `overwrite` the old OUT is first renamed to ``OUT.partial/old`` and removed last. Between the two renames there
-   is no OUT; a crash there leaves both trees whole inside OUT.partial, and the next run puts the old one back.
-5. `discard` removes OUT.partial after any failure, errors in flight included: resuming needs the journal.
+   working directory or a mount point, an unwritable parent, source and target inside each other, too little space, a
+   second run on the same OUT.
+2. If an earlier run left a journal (`resume`), its plan and its finished tiles are taken over; what never came as far
+   is cleared away. Otherwise the plan is saved, and the journal begins when every file is laid out (`begin`).
+3. `publish` is called when everything in ``data/`` is whole and synced. It notes the inode of ``data/`` in the journal,
+   renames ``data/`` to OUT, syncs the parent and removes OUT.partial. No file ever changes its name. A crash at any
+   point is found by the next run, which goes on from there.
+4. With `overwrite` the two folders are swapped in one step, where kernel and file system can; the old OUT exists until
+   the new one is whole. Where they cannot, the old one is first renamed to ``OUT.partial/old``: between the two renames
+   there is no OUT, and a crash there is repaired by the next run.
+5. A run that ends early keeps OUT.partial to be resumed, unless it has not begun, or the data contradicts the plan.
 """
 
 from __future__ import annotations
@@ -17,100 +22,223 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 
-from ..errors import DiskSpaceError, RunError, TargetError, TargetExistsError
+from ..errors import ContradictionError, DiskSpaceError, Refusal, RunError, ShardwrightError, TargetError, TargetExistsError
+from ..planner import codec
+from ..planner.fingerprint import plan_hash
 from ..planner.plan import Plan
+from . import system
 from .descriptors import failed, sync_path
+from .journal import Journal, publish_line
+from .resume import Left, inspect
 from .stopping import as_ours
+from .tile import Receipt
 
-__all__ = ["Publication", "prepare", "refuse"]
+__all__ = ["Publication", "partial_of", "prepare", "refuse", "tidy"]
 
 SPARE_BYTES = 16 << 20
-"""Free space that is left alone: folders, headers, the file system's own."""
+"""Free space that is left alone: folders, headers, the journal, the file system's own."""
+_OURS = {"lock", "plan.json", "plan.json.new", "data", "journal", "old"}
 
 
 class Publication:
-    """An unpublished target, locked.
+    """An unpublished target, locked; a context manager that keeps or discards it when the run ends early.
 
     Attributes
     ----------
+    plan
+        What to run: the plan that was asked for, or its saved twin.
     data
         Where its files are written.
+    left
+        What an earlier run left, if this one resumes.
+    finished
+        Tiles that this run has journaled.
     notes
         What the user should be told.
     """
 
-    def __init__(self, out: Path, lock: int) -> None:
+    def __init__(self, out: Path, lock: int, plan: Plan) -> None:
         self.out = out
-        self.partial = _partial(out)
+        self.partial = partial_of(out)
         self.data = self.partial / "data"
+        self.plan = plan
+        self.left: Left | None = None
+        self.finished = 0
         self.notes: tuple[str, ...] = ()
         self._lock = lock
+        self._journal: Journal | None = None
+        self._begun = self._ended = False
+
+    @property
+    def done(self) -> dict[int, Receipt]:
+        """Finished tiles of earlier runs."""
+        return {} if self.left is None else self.left.recorded.tiles
+
+    def __enter__(self) -> Publication:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._ended:
+            return
+        if self._journal is not None:
+            self._journal.close()
+        if not self._begun or isinstance(error, ContradictionError):
+            # The journal goes first: without it nobody resumes what is left by a crash in here.
+            self._end("journal", "data", "old")
+            return
+        if isinstance(error, RunError):
+            error.partial = str(self.partial)
+            error.tiles = len(self.done) + self.finished, len(self.plan.tiles)
+        os.close(self._lock)
+        self._ended = True
+
+    def examine(self, *, overwrite: bool, fresh: bool) -> None:
+        """Find out what is to be done, and make an empty ``data/`` and the saved plan unless that is there."""
+        # Whatever is wrong with what an earlier run left: it stays.
+        self._begun = True
+        left = None if fresh else inspect(self.partial, self.out, self.plan)
+        if left is not None:
+            self.left, self.plan = left, left.plan
+            if not left.published:
+                _refuse_existing(self.out, overwrite)
+                _refuse_space(self.out.parent, self.plan, _allocated(self.data, self.plan))
+            return
+        try:
+            self.notes = _clear(self.partial, self.out)
+            self._begun = False
+            refuse(self.out, self.plan, overwrite=overwrite)
+            self.data.mkdir()
+            codec.save(self.plan, self.partial / "plan.json", target_root=str(self.out))
+            sync_path(self.partial)  # before there is a journal, which means nothing without its plan
+        except ShardwrightError:
+            raise
+        except OSError as error:
+            raise as_ours(error) from error
+
+    def tidy(self) -> None:
+        """Remove what is left, if OUT is published or nobody can resume it."""
+        self._begun = True
+        left = inspect(self.partial, self.out, self.plan)
+        self._begun = left is not None
+        if left is not None and left.published:
+            self.left = left
+            self.publish()
+
+    def begin(self) -> Journal:
+        """The journal, once every file is laid out: from here on the run can be resumed."""
+        path = self.partial / "journal"
+        if self.left is None:
+            self._journal = Journal.create(path, plan_hash(self.plan))
+            sync_path(self.out.parent)  # where OUT.partial itself is an entry
+        else:
+            self._journal = Journal.resume(path, self.left.recorded.nbytes)
+        self._begun = True
+        return self._journal
 
     def publish(self) -> None:
-        """Make the synced files OUT."""
-        old = self.partial / "old"
+        """Make the whole and synced files OUT.
+
+        Raises
+        ------
+        RunError
+            The system reports an error; the next run tries again.
+        """
         try:
-            if self.out.exists():
-                os.rename(self.out, old)
-            os.rename(self.data, self.out)
+            if self._journal is not None:
+                self._journal.append([publish_line(os.stat(self.data).st_ino)])
+                self._journal.close()
+                self._journal = None
+            if self.left is None or not self.left.published:
+                self._move()
         except OSError as error:
-            if old.exists() and not self.out.exists():
-                os.rename(old, self.out)
-            if not old.exists():
-                self._remove()
             raise failed(error, self.out, "publishing") from error
+        # The journal goes last: as long as anything is there, it says that OUT is whole.
+        self._end("data", "old", "journal")
+
+    def _move(self) -> None:
+        if not self.out.exists() or not any(self.out.iterdir()):
+            system.rename(self.data, self.out)
+        elif not system.exchange(self.data, self.out):
+            old = self.partial / "old"
+            system.rename(self.out, old)
+            try:
+                system.rename(self.data, self.out)
+            except OSError:
+                system.rename(old, self.out)
+                raise
+            self.notes += (f"{self.out.name} was away for an instant: this file system cannot swap two folders in one step",)
         sync_path(self.out.parent)
-        self._remove()
 
-    def discard(self) -> None:
-        """Remove everything that was written."""
-        self._remove()
+    def _end(self, *first: str) -> None:
+        """Remove OUT.partial, these entries first; the lock last, so that no other run sees a folder without one."""
+        try:
+            for name in (*first, "plan.json", "plan.json.new", "lock"):
+                _delete(self.partial / name)
+            os.rmdir(self.partial)
+        except OSError as error:
+            self.notes += (f"{self.partial} cannot be removed: {error.strerror}",)
+        finally:
+            os.close(self._lock)
+            self._ended = True
 
-    def _remove(self) -> None:
-        # The lock file goes with the folder, the lock itself last, so that no other run sees a folder without one.
-        shutil.rmtree(self.partial, ignore_errors=True)
-        os.close(self._lock)
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        system.unlink(path)
 
 
-def prepare(out: Path, plan: Plan, *, overwrite: bool = False, plan_text: str | None = None) -> Publication:
-    """Refuse, or lock and make an empty ``OUT.partial/data``.
+def prepare(out: Path, plan: Plan, *, overwrite: bool = False, fresh: bool = False) -> Publication:
+    """Refuse, or lock OUT.partial and find out what is to be done in it.
 
     Parameters
     ----------
-    plan_text
-        The plan as JSON, kept beside the data.
+    fresh
+        Forget what an earlier run left.
 
     Raises
     ------
-    TargetError, TargetExistsError, DiskSpaceError, RunError
+    TargetError, TargetExistsError, DiskSpaceError, PlanError, RunError
     """
     out = Path(os.path.abspath(out))
-    refuse(out, plan, overwrite=overwrite)
-    partial = _partial(out)
-    stale = partial.exists()
+    partial = partial_of(out)
+    _refuse_place(out, Path(plan.source_root))
+    if not partial.exists():
+        refuse(out, plan, overwrite=overwrite)
+    _refuse_strange(partial)
     try:
         partial.mkdir(exist_ok=True)
     except OSError as error:
         raise failed(error, partial, "creating") from error
-    lock = _lock(partial, out)
-    publication = Publication(out, lock)
-    try:
-        if stale:
-            publication.notes = (_clean(partial, out),)
-            refuse(out, plan, overwrite=overwrite)
-        publication.data.mkdir()
-        if plan_text is not None:
-            (partial / "plan.json").write_text(plan_text, encoding="utf-8")
-    except BaseException as error:
-        publication.discard()
-        raise as_ours(error) from None
+    publication = Publication(out, _lock(partial, out), plan)
+    with ExitStack() as stack:
+        stack.enter_context(publication)
+        publication.examine(overwrite=overwrite, fresh=fresh)
+        stack.pop_all()
     return publication
 
 
-def _partial(out: Path) -> Path:
+def tidy(out: Path, plan: Plan) -> None:
+    """Remove what a run that ended between publishing OUT and cleaning up has left; anything else stays."""
+    out = Path(os.path.abspath(out))
+    partial = partial_of(out)
+    if not partial.exists():
+        return
+    try:
+        _refuse_strange(partial)
+        with Publication(out, _lock(partial, out), plan) as publication:
+            publication.tidy()
+    except Refusal:
+        return  # somebody else's folder, or another conversion that is running or can be resumed
+
+
+def partial_of(out: Path) -> Path:
+    """The folder in which OUT is made."""
     return out.with_name(out.name + ".partial")
 
 
@@ -127,36 +255,39 @@ def _lock(partial: Path, out: Path) -> int:
     return fd
 
 
-def _clean(partial: Path, out: Path) -> str:
-    """Remove what a dead run left; its lock is ours now."""
-    note = f"removed {partial.name}, which an earlier run left unfinished"
-    if (partial / "old").exists() and not out.exists():
-        os.rename(partial / "old", out)
-        note = f"put {out.name} back, which an earlier run was replacing when it ended"
-    for entry in partial.iterdir():
-        if entry.name == "lock":
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    return note
+def _clear(partial: Path, out: Path) -> tuple[str, ...]:
+    """Remove what a dead run left and nobody can resume; its lock is ours now."""
+    entries = sorted(name for name in os.listdir(partial) if name != "lock")
+    if "old" in entries and not out.exists():
+        system.rename(partial / "old", out)
+    for name in sorted(entries, key=lambda name: name != "journal"):
+        _delete(partial / name)
+    return (f"removed {partial.name}, which an earlier run left unfinished",) if entries else ()
 
 
 def refuse(out: Path, plan: Plan, *, overwrite: bool = False) -> None:
     """Everything that can be refused without writing."""
     parent = out.parent
-    checks: list[Callable[[], None]] = [
-        lambda: _refuse_existing(out, overwrite),
-        lambda: _refuse_place(out, Path(plan.source_root)),
-        lambda: _refuse_space(parent, plan),
-    ]
     if not parent.is_dir():
         raise TargetError("the target's parent folder does not exist", file=parent, remedy="Create it first")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise TargetError("the target's parent folder is not writable", file=parent, remedy="Choose another target")
-    for check in checks:
-        check()
+    _refuse_existing(out, overwrite)
+    _refuse_place(out, Path(plan.source_root))
+    _refuse_space(parent, plan, 0)
+
+
+def _refuse_strange(partial: Path) -> None:
+    """OUT.partial may be anybody's folder: only what looks like ours is touched."""
+    if not partial.exists() and not partial.is_symlink():
+        return
+    if partial.is_symlink() or not partial.is_dir():
+        raise TargetError("what should be the folder for the unfinished target is no folder", file=partial, remedy="Move it away")
+    strange = sorted(set(os.listdir(partial)) - _OURS)
+    if strange:
+        raise TargetError(
+            "the folder for the unfinished target holds something else", file=partial, actual=strange[0], remedy="Move it away"
+        )
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:
@@ -179,8 +310,8 @@ def _refuse_place(out: Path, source: Path) -> None:
         raise TargetError(f"the target {how}", file=out, actual=f"source {source}", remedy="Choose a target elsewhere")
 
 
-def _refuse_space(parent: Path, plan: Plan) -> None:
-    needed = sum(file.nbytes for file in plan.target_files) + plan.copied_bytes + SPARE_BYTES
+def _refuse_space(parent: Path, plan: Plan, allocated: int) -> None:
+    needed = sum(file.nbytes for file in plan.target_files) + plan.copied_bytes + SPARE_BYTES - allocated
     try:
         found = os.statvfs(parent)
     except OSError as error:
@@ -194,3 +325,13 @@ def _refuse_space(parent: Path, plan: Plan) -> None:
             actual=f"{free} bytes",
             remedy="Free some space or choose another disk",
         )
+
+
+def _allocated(data: Path, plan: Plan) -> int:
+    """Bytes that the files of an earlier run hold on the disk already."""
+    found = 0
+    for file in plan.target_files:
+        path = data / file.path
+        if path.is_file():
+            found += min(file.nbytes, path.stat().st_blocks * 512)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -11,13 +11,16 @@ from pathlib import Path
 
 from ..errors import PlanError, RunError
 from ..planner.plan import SourceFile
-from .descriptors import Descriptors, failed
+from . import system
+from .descriptors import Descriptors, failed, open_regular
 from .transfer import Read
 
-__all__ = ["SourceFiles", "check_unchanged", "unchecked"]
+__all__ = ["RESTORE", "SourceFiles", "changed", "check_unchanged", "unchecked"]
 
 CALL_BYTES = 4 << 20
 """Longest single read."""
+RESTORE = "Put the file back as it was, with its time, and resume; or start over with --fresh"
+"""What to do when the source of a run that can be resumed has changed."""
 
 
 def unchecked(path: str) -> SourceFile:
@@ -38,17 +41,20 @@ def check_unchanged(root: str | os.PathLike[str], files: Sequence[SourceFile]) -
             found = os.stat(Path(root) / file.path)
         except OSError as error:
             raise PlanError(f"a source file cannot be found ({error.strerror})", file=Path(root) / file.path, remedy="Plan again") from None
-        _compare(file, found)
+        if (what := changed(file, found.st_size, found.st_mtime_ns)) is not None:
+            expected, actual = what
+            raise PlanError(
+                "a source file has changed since it was planned", file=file.path, expected=expected, actual=actual, remedy="Plan again"
+            )
 
 
-def _compare(file: SourceFile, found: os.stat_result) -> None:
-    if file.nbytes < 0 or (found.st_size, found.st_mtime_ns) == (file.nbytes, file.mtime_ns):
-        return
-    if found.st_size != file.nbytes:
-        expected, actual = f"{file.nbytes} bytes", f"{found.st_size} bytes"
-    else:
-        expected, actual = (f"modified {_when(ns)}" for ns in (file.mtime_ns, found.st_mtime_ns))
-    raise PlanError("a source file has changed since it was planned", file=file.path, expected=expected, actual=actual, remedy="Plan again")
+def changed(file: SourceFile, nbytes: int, mtime_ns: int) -> tuple[str, str] | None:
+    """What has changed of a source file, as expected and actual; None if nothing has."""
+    if file.nbytes < 0 or (nbytes, mtime_ns) == (file.nbytes, file.mtime_ns):
+        return None
+    if nbytes != file.nbytes:
+        return f"{file.nbytes} bytes", f"{nbytes} bytes"
+    return f"modified {_when(file.mtime_ns)}", f"modified {_when(mtime_ns)}"
 
 
 def _when(ns: int) -> str:
@@ -62,13 +68,21 @@ class SourceFiles:
     ----------
     root
         Where their paths start.
+    remedy
+        What to do when a file has changed.
     limit
         Most files kept open.
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], files: Sequence[SourceFile] | Mapping[int, SourceFile], *, limit: int | None = None
+        self,
+        root: str | os.PathLike[str],
+        files: Sequence[SourceFile] | Mapping[int, SourceFile],
+        *,
+        remedy: str = "Run again when nothing changes the file",
+        limit: int | None = None,
     ) -> None:
+        self._remedy = remedy
         self.root = Path(root)
         self.files = dict(files) if isinstance(files, Mapping) else dict(enumerate(files))
         self._descriptors = Descriptors(self._open, limit)
@@ -79,10 +93,9 @@ class SourceFiles:
 
         Raises
         ------
-        PlanError
-            The file is not the one that was planned for; found when it is first opened.
         RunError
-            The file ends early, or the system reports an error.
+            The file is not the one that was planned for (found when it is opened), it ends early, or the system
+            reports an error.
         """
         with self._descriptors.use(number) as fd:
             try:
@@ -95,15 +108,35 @@ class SourceFiles:
         with self.reading(number) as read:
             read(offset, buffers)
 
+    def check(self, numbers: Iterable[int]) -> None:
+        """These files are still what they were when they were planned for.
+
+        Raises
+        ------
+        RunError
+            Names the first that is not, and what changed.
+        """
+        for number in numbers:
+            file = self.files[number]
+            try:
+                found = os.stat(self.root / file.path)
+            except OSError as error:
+                raise RunError(f"a source file is gone ({error.strerror})", file=file.path, remedy=self._remedy) from error
+            self._compare(file, found)
+
     def close(self) -> None:
         """Close every file; a later read opens it again."""
         self._descriptors.close()
+
+    def _compare(self, file: SourceFile, found: os.stat_result) -> None:
+        if (what := changed(file, found.st_size, found.st_mtime_ns)) is not None:
+            raise RunError("a source file changed during the run", file=file.path, expected=what[0], actual=what[1], remedy=self._remedy)
 
     def _read(self, fd: int, number: int, offset: int, buffers: Sequence[memoryview]) -> None:
         if len(buffers) == 1:
             self._fill(fd, number, offset, buffers[0])
             return
-        got = os.preadv(fd, buffers, offset)
+        got = system.preadv(fd, buffers, offset)
         for buffer in buffers if got < sum(map(len, buffers)) else ():
             # A short vectored read: whatever is not in place yet is read plainly.
             if got < len(buffer):
@@ -113,7 +146,7 @@ class SourceFiles:
     def _fill(self, fd: int, number: int, offset: int, buffer: memoryview) -> None:
         at = 0
         while at < len(buffer):
-            got = os.preadv(fd, (buffer[at : at + CALL_BYTES],), offset + at)
+            got = system.preadv(fd, (buffer[at : at + CALL_BYTES],), offset + at)
             if not got:
                 raise RunError(
                     "the source shrank while it was read",
@@ -126,14 +159,14 @@ class SourceFiles:
     def _open(self, number: int) -> int:
         file = self.files[number]
         try:
-            fd = os.open(self.root / file.path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_regular(self.root / file.path)
         except FileNotFoundError:
-            raise PlanError("a source file is missing", file=file.path, remedy="Plan again") from None
+            raise RunError("a source file is missing", file=file.path, remedy=self._remedy) from None
         except OSError as error:
             raise failed(error, file.path, "opening") from error
         try:
-            _compare(file, os.fstat(fd))
-        except PlanError:
+            self._compare(file, os.fstat(fd))
+        except RunError:
             os.close(fd)
             raise
         return fd

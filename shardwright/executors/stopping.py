@@ -1,4 +1,8 @@
-"""Stopping: one flag, the first cause, and the signals that set it."""
+"""Stopping: one flag, the first cause, and the signals that set it.
+
+An error ends every tile between two strips. A first signal lets running tiles finish, so that their work counts; a
+second one ends them as an error does.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +38,26 @@ class Stop:
     def __init__(self) -> None:
         self.cause: BaseException | None = None
         self._flag = threading.Event()
+        self._at_once = threading.Event()
         # Re-entrant: a signal's handler runs in the main thread, which may be inside `set`.
         self._lock = threading.RLock()
 
     def is_set(self) -> bool:
-        """Whether the run ends early."""
+        """Whether the run ends early: no tile begins any more."""
         return self._flag.is_set()
 
-    def set(self, cause: BaseException) -> None:
+    def at_once(self) -> bool:
+        """Whether running tiles end early, too."""
+        return self._at_once.is_set()
+
+    def set(self, cause: BaseException, *, finish_tiles: bool = False) -> None:
         """Set the flag; the first cause is kept."""
         with self._lock:
             if self.cause is None:
                 self.cause = cause
         self._flag.set()
+        if not finish_tiles:
+            self._at_once.set()
 
     def raise_cause(self) -> None:
         """Raise the first cause, if there is one."""
@@ -61,7 +72,7 @@ class Stop:
             return
 
         def handler(number: int, frame: FrameType | None) -> None:
-            self.set(StoppedError(f"stopped by {signal.Signals(number).name}", remedy="Run the same command again"))
+            self.set(StoppedError(f"stopped by {signal.Signals(number).name}"), finish_tiles=not self.is_set())
 
         before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

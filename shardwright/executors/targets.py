@@ -1,57 +1,39 @@
 """Target files: laid out before data, then written at final offsets in any order by any thread.
 
 1. `TargetFiles.create` makes every folder and every file at its full size and reserves the blocks where the file system
-   can, so that a full disk shows before any work; then it writes every byte that is not tensor data.
+   can, so that a full disk shows before any work; then it writes every byte that is not tensor data. `reopen` takes the
+   files of an earlier run instead.
 2. `writing` lends a function that writes at an offset, in calls of at most 1 MiB (longer calls make the kernel use
    page-cache units that are several times slower to fill).
-3. Where a container wants checksums of data, the CRC of each written extent is kept; neighbours are joined at once.
-   `finish` patches the checksums in.
-4. `sync` flushes files, then folders.
+3. `sync` flushes files, then folders.
 
-A sink is anything with `writing` and `finish`; `CompareFiles` in `compare` is the other one.
+A sink is anything with `files`, `writing` and `witnessed`; `CompareFiles` in `compare` is the other one.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
 
-from ..errors import PlanError
+from ..errors import DiskSpaceError, PlanError
 from ..planner.plan import TargetFile
+from . import system
 from .descriptors import Descriptors, failed, sync_path
-from .extents import Checksums
 from .stopping import Stop
 from .transfer import Write
 
-__all__ = ["CALL_BYTES", "Sink", "TargetFiles"]
+__all__ = ["CALL_BYTES", "TargetFiles"]
 
 CALL_BYTES = 1 << 20
 """Longest single write."""
 WRITEBACK_BYTES = 16 << 20
-"""Bytes written to a file before the kernel is asked to start writing them back, so that the final sync has little left."""
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-_SYNC_FILE_RANGE_WRITE = 2
-
-
-class Sink(Protocol):
-    """Where a run's bytes go."""
-
-    def writing(self, number: int) -> AbstractContextManager[Write]:
-        """A function that takes bytes for an offset of that file."""
-
-    def finish(self) -> None:
-        """Everything was written: fill in what depends on all of it."""
+"""Bytes written to a file before the kernel is asked to start writing them back, so that a sync has little left."""
 
 
 class TargetFiles:
@@ -75,7 +57,6 @@ class TargetFiles:
     ) -> None:
         self.root = Path(root)
         self.files = dict(files) if isinstance(files, Mapping) else dict(enumerate(files))
-        self.checksums = Checksums(self.files)
         self._descriptors = Descriptors(self._open, limit)
         self._unsynced: dict[int, int] = {}
         # The kernel lets one write at a time into a file, and others wait for it by spinning: here they sleep instead.
@@ -83,7 +64,15 @@ class TargetFiles:
         self._stop = stop or Stop()
 
     def create(self) -> None:
-        """Make every file at full size, with its static bytes."""
+        """Make every file at full size, with its static bytes.
+
+        Raises
+        ------
+        DiskSpaceError
+            The disk or the quota has too little room.
+        RunError
+            The system reports another error.
+        """
         for number, file in self.files.items():
             self._stop.raise_cause()
             path = self._path(number)
@@ -91,14 +80,47 @@ class TargetFiles:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
                 try:
-                    _reserve(fd, file.nbytes)
+                    system.ftruncate(fd, file.nbytes)
+                    system.allocate(fd, file.nbytes)
                 finally:
                     os.close(fd)
             except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    what = "disk has" if error.errno == errno.ENOSPC else "quota leaves"
+                    raise DiskSpaceError(
+                        f"the target's {what} too little room",
+                        file=file.path,
+                        expected=f"{file.nbytes} bytes",
+                        remedy="Free some space or choose another disk",
+                    ) from error
                 raise failed(error, file.path, "creating") from error
-            with self.writing(number) as write:
-                for offset, data in file.static:
-                    write(offset, memoryview(data))
+            self._write_static(number)
+
+    def reopen(self) -> None:
+        """Take the files that `create` made in an earlier run; static bytes are written again, for what was sealed may have been torn.
+
+        Raises
+        ------
+        PlanError
+            One is not there, or has another size.
+        """
+        for number, file in self.files.items():
+            self._stop.raise_cause()
+            path = self._path(number)
+            size = path.stat().st_size if path.is_file() else None
+            if size != file.nbytes:
+                raise PlanError(
+                    "a file of the unfinished target is not what the plan says",
+                    file=path,
+                    expected=f"{file.nbytes} bytes",
+                    actual="missing" if size is None else f"{size} bytes",
+                    remedy="Start over with --fresh",
+                )
+            self._write_static(number)
+
+    def witnessed(self, number: int) -> bool:
+        """Every file is."""
+        return True
 
     @contextmanager
     def writing(self, number: int) -> Iterator[Write]:
@@ -110,25 +132,19 @@ class TargetFiles:
             The system reports an error.
         """
         with self._descriptors.use(number) as fd:
-            write = partial(self._pwrite, fd, number)
             try:
-                yield self.checksums.watching(number, write) if self.files[number].crcs else write
+                yield partial(self._pwrite, fd, number)
             except OSError as error:
                 raise failed(error, self.files[number].path, "writing") from error
 
-    def finish(self) -> None:
-        """Patch in the checksums."""
-        for number, offset, data in self.checksums.patches():
-            with self._descriptors.use(number) as fd:
-                self._pwrite(fd, number, offset, memoryview(data))
-
     def sync(self, numbers: Iterable[int] | None = None) -> None:
-        """Flush files to the device, and with all of them the folders that hold them."""
+        """Flush files to the device; with all of them (looking at `stop`) the folders that hold them, too."""
         for number in self.files if numbers is None else numbers:
-            self._stop.raise_cause()
+            if numbers is None:  # the batch of finished tiles that a stopped run ends with is synced all the same
+                self._stop.raise_cause()
             with self._descriptors.use(number) as fd:
                 try:
-                    os.fsync(fd)
+                    system.sync(fd)
                 except OSError as error:
                     raise failed(error, self.files[number].path, "syncing") from error
         if numbers is None:
@@ -139,16 +155,21 @@ class TargetFiles:
         """Close every file."""
         self._descriptors.close()
 
+    def _write_static(self, number: int) -> None:
+        with self.writing(number) as write:
+            for offset, data in self.files[number].static:
+                write(offset, memoryview(data))
+
     def _pwrite(self, fd: int, number: int, offset: int, data: memoryview) -> None:
         at, end = 0, len(data)
         with self._turns[number]:
             while at < end:
-                at += os.pwrite(fd, data[at : at + CALL_BYTES], offset + at)
+                at += system.pwrite(fd, data[at : at + CALL_BYTES], offset + at)
         # Lanes may count one another's bytes twice or not at all: the figure only says when.
         self._unsynced[number] = self._unsynced.get(number, 0) + end
         if self._unsynced[number] >= WRITEBACK_BYTES:
             self._unsynced[number] = 0
-            _start_writeback(fd)
+            system.start_writeback(fd)
 
     def _path(self, number: int) -> Path:
         path = self.files[number].path
@@ -162,21 +183,3 @@ class TargetFiles:
             return os.open(self._path(number), os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise failed(error, self.files[number].path, "opening") from error
-
-
-def _reserve(fd: int, nbytes: int) -> None:
-    """Full size, with blocks reserved where that is cheap.
-
-    `os.posix_fallocate` is not used: where the file system cannot reserve, it writes to every block instead.
-    """
-    os.ftruncate(fd, nbytes)
-    if nbytes and _LIBC is not None:
-        if _LIBC.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
-            code = ctypes.get_errno()
-            if code in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
-                raise OSError(code, os.strerror(code))
-
-
-def _start_writeback(fd: int) -> None:
-    if _LIBC is not None:
-        _LIBC.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)

@@ -9,7 +9,8 @@
 5. With the last box of a pivot its `zeros` are written, and its `padding` is read and classified: zeros, copies of the
    last real row, or other values. What was found goes into the receipt, not into the target.
 
-Boundary: works through `SourceFiles` and a `Sink`; knows tiles as lists of `Job` and nothing of plans, lanes or clusters.
+Boundary: works through `SourceFiles` and a `Sink`, with a `Witness` between; knows tiles as lists of `Job` and nothing of
+plans, lanes or clusters.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from ..planner.plan import Program
 from ..planner.tensor.pieces import FILL, align
 from .arena import Buffer
 from .compare import first_difference
+from .extents import Extent, Sink, Witness
 from .layouts import Layouts, Reads, Shape, Strip, Writes, extents_of, output_box
 from .move import offsets
 from .padding import Padding, classify
 from .sources import SourceFiles
-from .targets import Sink
 from .transfer import gather, scatter
 
 if TYPE_CHECKING:
@@ -68,14 +69,20 @@ class Receipt:
     ----------
     padding
         By pivot tensor: what its padding held.
+    extents
+        A tile's: what it wrote, with checksums.
+    sources
+        A tile's: the source files that it read.
     """
 
     bytes_read: int = 0
     bytes_written: int = 0
     padding: dict[str, Padding] = field(default_factory=dict)
+    extents: list[Extent] = field(default_factory=list)
+    sources: frozenset[int] = frozenset()
 
     def add(self, other: Receipt) -> None:
-        """Count another receipt in."""
+        """Count another receipt's bytes and padding in."""
         self.bytes_read += other.bytes_read
         self.bytes_written += other.bytes_written
         self.padding.update(other.padding)
@@ -106,7 +113,6 @@ class Runner:
         self,
         layouts: Layouts,
         sources: SourceFiles,
-        sink: Sink,
         *,
         strip_bytes: int,
         stopping: Callable[[], bool] = lambda: False,
@@ -114,12 +120,11 @@ class Runner:
     ) -> None:
         self.layouts = layouts
         self.sources = sources
-        self.sink = sink
         self.strip_bytes = strip_bytes
         self.stopping = stopping
         self.advance = advance
 
-    def run(self, jobs: Iterable[Job], buffer: Buffer) -> Receipt:
+    def run(self, jobs: Sequence[Job], sink: Sink, buffer: Buffer) -> Receipt:
         """Run one tile in a lane's slab.
 
         Raises
@@ -129,13 +134,15 @@ class Runner:
         Stopped
             The stop flag was set; the tile is not complete.
         """
-        receipt = Receipt()
+        receipt, witness = Receipt(), Witness(sink)
         memory = buffer.data
         for job in jobs:
-            self._item(job, memory, receipt)
+            self._item(job, witness, memory, receipt)
+        receipt.extents = witness.extents()
+        receipt.sources = frozenset(number for job in jobs for number, _ in job.sources)
         return receipt
 
-    def _item(self, job: Job, memory: memoryview, receipt: Receipt) -> None:
+    def _item(self, job: Job, sink: Witness, memory: memoryview, receipt: Receipt) -> None:
         program = self.layouts.programs[job.program]
         elements = prod(b - a for a, b in zip(job.lo, job.hi, strict=True))
         buffers = _carve(memory, slab(program, self.strip_bytes, elements))
@@ -144,13 +151,13 @@ class Runner:
             if self.stopping():
                 raise Stopped
             before = receipt.bytes_written
-            self._strip(job, program, lo, hi, buffers, receipt)
+            self._strip(job, program, sink, lo, hi, buffers, receipt)
             self.advance(receipt.bytes_written - before)
             last = lo, hi
         if job.hi == program.shape:
-            self._finish(job, program, last, buffers, receipt)
+            self._finish(job, program, sink, last, buffers, receipt)
 
-    def _strip(self, job: Job, program: Program, lo: Shape, hi: Shape, buffers: _Buffers, receipt: Receipt) -> None:
+    def _strip(self, job: Job, program: Program, sink: Witness, lo: Shape, hi: Shape, buffers: _Buffers, receipt: Receipt) -> None:
         steps: Strip = self.layouts.strip(job.program, lo, hi)
         receipt.bytes_read += self._gather(job, steps.gather, buffers.pivot, buffers.staging)
         nbytes = prod(b - a for a, b in zip(lo, hi, strict=True)) * itemsize(program.dtype)
@@ -166,7 +173,7 @@ class Runner:
             _compute(program, lo, hi, buffers)
             sides = buffers.outputs
         for writes, side in zip(steps.scatter, sides, strict=True):
-            receipt.bytes_written += self._scatter(job, writes, side, buffers.staging)
+            receipt.bytes_written += self._scatter(job, writes, sink, side, buffers.staging)
 
     def _gather(self, job: Job, reads: Reads, strip: memoryview, staging: memoryview) -> int:
         total = 0
@@ -182,23 +189,25 @@ class Runner:
                     total += gather(step, read, base, strip, staging, zeros)
         return total
 
-    def _scatter(self, job: Job, writes: Writes, strip: memoryview, staging: memoryview) -> int:
+    def _scatter(self, job: Job, writes: Writes, sink: Witness, strip: memoryview, staging: memoryview) -> int:
         total = 0
         for slot, steps in groupby(writes, itemgetter(0)):
             number, base = job.targets[slot]
-            with self.sink.writing(number) as write:
+            with sink.writing(number) as write:
                 for _, step in steps:
                     total += scatter(step, write, base, strip, staging)
         return total
 
-    def _finish(self, job: Job, program: Program, last: tuple[Shape, Shape] | None, buffers: _Buffers, receipt: Receipt) -> None:
+    def _finish(
+        self, job: Job, program: Program, sink: Witness, last: tuple[Shape, Shape] | None, buffers: _Buffers, receipt: Receipt
+    ) -> None:
         """Zeros and padding, once per pivot tensor, after its last strip."""
         before = receipt.bytes_written
         for output in program.outputs:
             for piece in output.zeros:
                 number, base = job.targets[piece.slot]
                 start, ranges, nbytes = extents_of(piece, itemsize(output.dtype))
-                with self.sink.writing(number) as write:
+                with sink.writing(number) as write:
                     for offset, _ in offsets(ranges, base + start):
                         for at in range(0, nbytes, len(_ZEROS)):
                             write(offset + at, memoryview(_ZEROS)[: nbytes - at])

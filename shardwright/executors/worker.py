@@ -2,10 +2,10 @@
 
 1. A payload (bytes) holds the tile's jobs, with only the programs and files that they need. It is at most 1 MiB.
 2. The worker keeps one `_Session` per run: open files, aligned programs, and an arena that bounds its memory.
-3. The tile runs as it does locally. Then the worker syncs every file that it touched, and only then returns a small
-   receipt: bytes, padding, and the checksums of what it wrote.
-4. `halt` sets a run's stop flag: tiles that run end between two strips, tiles that come later do not start. `active`
-   tells how many still run.
+3. The tile runs as it does locally. Then the worker syncs every file that it touched, looks at the sources again, and
+   only then returns a small receipt: bytes, padding, and the checksums of what it wrote.
+4. `halt` sets a run's stop flag: tiles that come later do not start; tiles that run end between two strips, or are
+   finished first. `active` tells how many still run.
 
 Boundary: knows nothing of dask; the functions here are what dask calls.
 """
@@ -19,16 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 
-from ..errors import RunError
+from ..errors import RunError, ShardwrightError
 from ..planner.plan import Program, SourceFile, TargetFile
 from .arena import Arena
-from .extents import Checksums, Extent
 from .layouts import Layouts
-from .sources import SourceFiles
+from .sources import RESTORE, SourceFiles
 from .stopping import as_ours
 from .targets import TargetFiles
 from .tile import Job, Receipt, Runner, Stopped
-from .transfer import Write
 
 __all__ = ["RECEIPT_BYTES", "Payload", "active", "close", "halt", "run_tile"]
 
@@ -59,7 +57,7 @@ class _Session:
     """One run on this worker."""
 
     def __init__(self, payload: Payload) -> None:
-        self.sources = SourceFiles(payload.source_root, {})
+        self.sources = SourceFiles(payload.source_root, {}, remedy=RESTORE)
         self.targets = TargetFiles(payload.target_root, {})
         self.layouts = Layouts({}, payload.strip_bytes)
         self.arena = Arena(payload.lanes * payload.slab_bytes)
@@ -68,8 +66,7 @@ class _Session:
     def learn(self, payload: Payload) -> None:
         """Take over the payload's files and programs; numbers mean the same in every payload of a run."""
         self.sources.files.update(payload.sources)
-        # Checksums are the tile's own: the session's files want none.
-        self.targets.files.update({number: TargetFile(file.path, file.nbytes) for number, file in payload.targets.items()})
+        self.targets.files.update(payload.targets)
         self.layouts.programs.update(payload.programs)
 
     def close(self) -> None:
@@ -79,32 +76,12 @@ class _Session:
 
 
 _sessions: OrderedDict[str, _Session] = OrderedDict()
-_halted: OrderedDict[str, None] = OrderedDict()
+_halted: OrderedDict[str, bool] = OrderedDict()
+"""Runs that end, and whether their running tiles are to be finished."""
 _lock = Lock()
 
 
-class _TileSink:
-    """Target files of the session, checksums of this tile alone."""
-
-    def __init__(self, targets: TargetFiles, files: dict[int, TargetFile]) -> None:
-        self.targets = targets
-        self.checksums = Checksums(files)
-        self.files = files
-        self.touched: set[int] = set()
-
-    @contextmanager
-    def writing(self, number: int) -> Iterator[Write]:
-        """As `TargetFiles.writing`."""
-        self.touched.add(number)
-        with self.targets.writing(number) as write:
-            yield self.checksums.watching(number, write) if self.files[number].crcs else write
-
-    def finish(self) -> None:
-        """Flush what the tile wrote."""
-        self.targets.sync(sorted(self.touched))
-
-
-def run_tile(payload: bytes) -> tuple[Receipt, list[Extent]]:
+def run_tile(payload: bytes) -> Receipt:
     """Run one tile; returns after its bytes are on the device.
 
     Raises
@@ -114,20 +91,21 @@ def run_tile(payload: bytes) -> tuple[Receipt, list[Extent]]:
     """
     tile: Payload = pickle.loads(payload)
     with _session(tile) as session:
-        sink = _TileSink(session.targets, tile.targets)
-        runner = Runner(session.layouts, session.sources, sink, strip_bytes=tile.strip_bytes, stopping=lambda: tile.token in _halted)
+        runner = Runner(session.layouts, session.sources, strip_bytes=tile.strip_bytes, stopping=lambda: not _halted.get(tile.token, True))
         try:
             with session.arena.take(tile.slab_bytes) as slab:
-                receipt = runner.run(tile.jobs, slab)
-            sink.finish()
+                receipt = runner.run(tile.jobs, session.targets, slab)
+            session.targets.sync(sorted({number for number, *_ in receipt.extents}))
+            session.sources.check(receipt.sources)
         except Stopped:
             raise RunError("the run was stopped") from None
+        except ShardwrightError:
+            raise
         except OSError as error:
             raise as_ours(error) from error
-    extents = sink.checksums.export()
-    size = len(pickle.dumps((receipt, extents)))
-    assert size <= RECEIPT_BYTES + EXTENT_BYTES * len(extents), f"a receipt of {size} bytes"
-    return receipt, extents
+    size = len(pickle.dumps(receipt))
+    assert size <= RECEIPT_BYTES + EXTENT_BYTES * len(receipt.extents), f"a receipt of {size} bytes"
+    return receipt
 
 
 @contextmanager
@@ -149,10 +127,10 @@ def _session(tile: Payload) -> Iterator[_Session]:
             session.active -= 1
 
 
-def halt(token: str) -> None:
-    """Stop a run on this worker."""
+def halt(token: str, finish_tiles: bool) -> None:
+    """Stop a run on this worker; its running tiles end early, or are finished first."""
     with _lock:
-        _halted[token] = None
+        _halted[token] = finish_tiles
         while len(_halted) > 64:
             _halted.popitem(last=False)
 

@@ -1,7 +1,7 @@
 """What the parts of a saved plan say of each other, checked before anything relies on it.
 
-`check` proves that a plan is a bijection, but takes for granted that the plan is well formed: that indices exist, that
-boxes lie in their tensors, and that aligning a piece is cheap. A plan out of a file has earned none of that.
+`check` proves that a plan is a bijection (and counts what the proof costs), but takes for granted that the plan is well
+formed: that indices exist, and that boxes lie in their tensors. A plan out of a file has earned none of that.
 
 1. Paths: no target path twice, none that is a folder of another.
 2. Tensors end inside their files; static bytes ascend, and checksum patches lie in them.
@@ -9,7 +9,6 @@ boxes lie in their tensors, and that aligning a piece is cheap. A plan out of a 
    no element twice by itself.
 4. Every read ends inside its source file.
 5. Tile boxes lie inside their pivots.
-6. Aligning all pieces takes work in proportion to the plan's own size.
 
 Boundary: pure; raises `PlanError` and nothing else.
 """
@@ -17,8 +16,9 @@ Boundary: pure; raises `PlanError` and nothing else.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from math import gcd, prod
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 
@@ -26,15 +26,15 @@ from ._strict import LIMIT, fail
 from .plan import Bindings, Output, Plan, Program, TargetFile, TensorEntry
 from .schemes import SCHEMES
 from .tensor.dtypes import BY_NAME
-from .tensor.pieces import Box, Piece, _align_once, count, normalise, row_strides
+from .tensor.pieces import Piece
 
 __all__ = ["AXIS_LIMIT", "MAX_AXES", "coherent"]
 
 MAX_AXES = 8
-AXIS_LIMIT = 1 << 26
-"""Longest axis of a pivot: deciding whether two strided boxes meet lists the coordinates of an axis."""
-_FREE_STEPS = 1_000_000
-_STEPS_PER_PIECE = 64
+AXIS_LIMIT = 1 << 40
+"""Longest axis of a pivot."""
+_DEEPEST = 64
+_DIGITS = {"crc32": 8, "sha256": 64}
 
 Shape = tuple[int, ...]
 
@@ -55,21 +55,23 @@ def coherent(plan: Plan) -> None:
             _tensor_inside(tensor, sizes[tensor.file], f"{where}[{i}]")
     for file in plan.target_files:
         _static(file)
+        _seals(file, plan)
     kernels = {"shardwright.executors.kernels:cast", *(scheme.kernel for scheme in SCHEMES)}
     for number, (program, bound) in enumerate(zip(plan.programs, plan.bindings, strict=True)):
         _program(program, bound, f"programs[{number}]", kernels)
         _reads(plan, program, bound, f"programs[{number}]")
     _tiles(plan)
-    _affordable(plan)
 
 
 def _paths(plan: Plan) -> None:
     paths = [f.path for f in plan.target_files] + [to for _, to in plan.copies]
     taken = set(paths)
     if len(taken) != len(paths):
-        fail("target_files.path", "names a file twice", actual=next(p for p in paths if paths.count(p) > 1))
+        fail("target_files.path", "names a file twice", actual=Counter(paths).most_common(1)[0][0])
     for name in paths:
         parts = name.split("/")
+        if len(parts) > _DEEPEST:
+            fail("target_files.path", f"is more than {_DEEPEST} folders deep", actual=name[:80])
         if any("/".join(parts[:k]) in taken for k in range(1, len(parts))):
             fail("target_files.path", "has a file where a folder must be", actual=name)
     if len({f.path for f in plan.source_files}) != len(plan.source_files):
@@ -106,6 +108,19 @@ def _static(file: TargetFile) -> None:
             k = bisect_right(starts, patch) - 1
             if k < 0 or patch + 4 > starts[k] + len(file.static[k][1]):
                 fail("target_files.crcs", "patches bytes that are not static", actual=f"{file.path} at {patch}")
+
+
+def _seals(file: TargetFile, plan: Plan) -> None:
+    """Digits go over static bytes; what is sealed is another file, which seals nothing."""
+    starts = [offset for offset, _ in file.static]
+    for seal in file.seals:
+        k = bisect_right(starts, seal.offset) - 1
+        if k < 0 or seal.offset + _DIGITS[seal.kind] > starts[k] + len(file.static[k][1]):
+            fail("target_files.seals", "writes over bytes that are not static", actual=f"{file.path} at {seal.offset}")
+        if seal.file >= len(plan.target_files) + len(plan.copies):
+            fail("target_files.seals", "seals a file that there is not", actual=seal.file)
+        if seal.file < len(plan.target_files) and plan.target_files[seal.file].seals:
+            fail("target_files.seals", "seals a file that holds seals", actual=plan.target_files[seal.file].path)
 
 
 def _program(program: Program, bound: Bindings, where: str, kernels: set[str]) -> None:
@@ -206,63 +221,3 @@ def _tiles(plan: Plan) -> None:
     # Unused columns are 0 … 0; a used one holds something unless its axis is empty.
     if ((tiles.lo > tiles.hi) | (tiles.hi > limit) | ((tiles.lo == tiles.hi) & (limit > 0))).any():
         fail("tiles.lo", "and tiles.hi are no boxes of their pivots")
-
-
-def _affordable(plan: Plan) -> None:
-    """Aligning every piece, as `check` will, takes a number of steps in proportion to the plan."""
-    pieces = sum(len(p.gather) + sum(map(len, p.replicas)) + sum(len(o.scatter) + len(o.zeros) for o in p.outputs) for p in plan.programs)
-    left = _FREE_STEPS + _STEPS_PER_PIECE * pieces
-    shapes = {(t.file, t.offset): t.shape for t in plan.target_tensors if prod(t.shape)}
-    for number, (program, bound) in enumerate(zip(plan.programs, plan.bindings, strict=True)):
-        where = f"programs[{number}]"
-        left = _spend(program.gather, program.shape, left, f"{where}.gather")
-        for replica in program.replicas:
-            left = _spend(replica, program.shape, left, f"{where}.replicas")
-        for output in program.outputs:
-            left = _spend(output.scatter, output.shape, left, f"{where}.outputs")
-            left = _spend_targets(output, bound, shapes, left, f"{where}.outputs")
-
-
-def _spend_targets(output: Output, bound: Bindings, shapes: dict[tuple[int, int], Shape], left: int, where: str) -> int:
-    """The same pieces in the coordinates of the target tensors that they fill."""
-    by_operand: dict[int, list[Piece]] = {}
-    for p in (*output.scatter, *output.zeros):
-        by_operand.setdefault(p.slot, []).append(Piece(0, p.src_off, p.dst_off, tuple((n, s, d) for n, d, s in p.dims)))
-    for operand, pieces in by_operand.items():
-        places = zip(bound.target_file[:, operand].tolist(), bound.target_offset[:, operand].tolist(), strict=True)
-        for shape in {shapes.get(place) for place in places} - {None}:
-            assert shape is not None
-            for piece in pieces:
-                low = piece.dst_off + sum((n - 1) * min(d, 0) for n, d, _ in piece.dims)
-                high = piece.dst_off + sum((n - 1) * max(d, 0) for n, d, _ in piece.dims)
-                if low < 0 or high >= prod(shape):
-                    fail(where, "leaves its target tensor", expected=f"0 … {prod(shape) - 1}", actual=f"{low} … {high}")
-            left = _spend(pieces, shape, left, where)
-    return left
-
-
-def _spend(pieces: Iterable[Piece], shape: Shape, left: int, where: str) -> int:
-    """`align`, counted: what is left of the steps after these pieces."""
-    strides = row_strides(shape)
-    axes = [k for k, extent in enumerate(shape) if extent > 1]
-    for first in pieces:
-        work = [normalise(first)]
-        while work:
-            piece = work.pop()
-            left -= 1 + _unrolled(piece, strides, axes)
-            if left < 0:
-                fail(where, "is too ragged for its size", actual=f"{count(first)} elements")
-            found = _align_once(piece, shape, strides, axes)
-            if not isinstance(found, Box):
-                work.extend(found)
-    return left
-
-
-def _unrolled(piece: Piece, strides: Shape, axes: Sequence[int]) -> int:
-    """Pieces into which one step of `align` may unroll a diagonal dim."""
-    most = 0
-    for extent, dst, _ in piece.dims:
-        stride = next(strides[k] for k in axes if strides[k] <= dst)
-        if dst % stride:
-            most = max(most, min(extent, stride // gcd(dst, stride)))
-    return most

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,17 +18,18 @@ import numpy as np
 from ._coherent import AXIS_LIMIT, MAX_AXES, coherent
 from ._strict import LIMIT, column, fail, flag, index_column, items, path, pick, plain, record, text, texts, unpack, whole
 from .containers.base import Crc
+from .fingerprint import plan_hash
 from .layout import Layout
-from .passes.identify import plan_hash
-from .passes.request import Request
-from .plan import PLAN_FORMAT, Bindings, Dropped, Ints, Output, Plan, Program, SourceFile, TargetFile, TensorEntry, Tiles, ValueOp
+from .plan import PLAN_FORMAT, Bindings, Dropped, Ints, Output, Plan, Program, Seal, SourceFile, TargetFile, TensorEntry, Tiles, ValueOp
+from .request import Request
 from .tensor.dtypes import BY_NAME
 from .tensor.pieces import Piece
 
-__all__ = ["TENSOR_COLUMNS", "TILE_COLUMNS", "SavedPlan", "read"]
+__all__ = ["SEAL_KINDS", "TENSOR_COLUMNS", "TILE_COLUMNS", "SavedPlan", "read"]
 
 TENSOR_COLUMNS = ("name", "rank", "kind", "file", "offset", "contiguous")
 TILE_COLUMNS = ("first", "program", "row", "lo0", "lo1", "hi0", "hi1", "requests", "bytes_read", "bytes_written")
+SEAL_KINDS = ("crc32", "sha256")
 _LARGEST_STATIC = 1 << 30
 _MAX_DIMS = 16
 _SUMMARY = ("source_format", "source_layout", "family", "target_format", "target_layout")
@@ -113,7 +114,10 @@ def _read_recipe(value: object) -> dict[str, Any]:
     for field in fields(Request):
         where = f"recipe.{field.name}"
         if field.name not in value:
-            fail("recipe", f"lacks the key {field.name!r}")
+            # An older version of the same plan format knew fewer options, and did what their defaults say.
+            if field.default is MISSING:
+                fail("recipe", f"lacks the key {field.name!r}")
+            continue
         found, kind = value[field.name], str(field.type)
         if found is None and kind.endswith("| None"):
             continue
@@ -173,7 +177,7 @@ def _read_sources(value: object) -> tuple[SourceFile, ...]:
 
 
 def _read_targets(value: object) -> tuple[TargetFile, ...]:
-    found = record(value, "target_files", ("path", "nbytes", "static", "crcs"))
+    found = record(value, "target_files", ("path", "nbytes", "static", "crcs", "seals"))
     paths = [path(p, f"target_files.path[{i}]") for i, p in enumerate(items(found["path"], "target_files.path"))]
     nbytes = column(found["nbytes"], "target_files.nbytes", len(paths))
     static: list[list[tuple[int, bytes]]] = [[] for _ in paths]
@@ -182,7 +186,11 @@ def _read_targets(value: object) -> tuple[TargetFile, ...]:
     crcs: list[list[Crc]] = [[] for _ in paths]
     for file, crc in _read_crcs(found["crcs"], len(paths)):
         crcs[file].append(crc)
-    return tuple(TargetFile(p, n, tuple(s), tuple(c)) for p, n, s, c in zip(paths, nbytes, static, crcs, strict=True))
+    seals: list[list[Seal]] = [[] for _ in paths]
+    for file, seal in _read_seals(found["seals"], len(paths)):
+        seals[file].append(seal)
+    rows = zip(paths, nbytes, static, crcs, seals, strict=True)
+    return tuple(TargetFile(p, n, tuple(s), tuple(c), tuple(e)) for p, n, s, c, e in rows)
 
 
 def _read_static(value: object, files: int) -> list[tuple[int, int, bytes]]:
@@ -206,6 +214,15 @@ def _read_crcs(value: object, files: int) -> list[tuple[int, Crc]]:
     patches = column(found["patch"], f"{where}.patch", sum(counts))
     ends = np.cumsum([0, *counts]).tolist()
     return [(i, Crc(o, n, tuple(patches[a:b]))) for i, o, n, a, b in zip(numbers, offsets, sizes, ends, ends[1:], strict=False)]
+
+
+def _read_seals(value: object, files: int) -> list[tuple[int, Seal]]:
+    where = "target_files.seals"
+    found = record(value, where, ("in", "kind", "file", "offset"))
+    numbers = index_column(found["in"], f"{where}.in", files)
+    kinds = index_column(found["kind"], f"{where}.kind", len(SEAL_KINDS), len(numbers))
+    sealed, offsets = (column(found[key], f"{where}.{key}", len(numbers)) for key in ("file", "offset"))
+    return [(i, Seal(SEAL_KINDS[k], f, o)) for i, k, f, o in zip(numbers, kinds, sealed, offsets, strict=True)]
 
 
 def _read_program(value: object, where: str) -> Program:

@@ -30,17 +30,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..errors import PlanError, UsageError
-from ._saved import TENSOR_COLUMNS, TILE_COLUMNS, SavedPlan, read
+from ..errors import PlanError
+from ._saved import SEAL_KINDS, TENSOR_COLUMNS, TILE_COLUMNS, SavedPlan, read
 from .containers._untrusted import STRICT
+from .fingerprint import plan_hash
 from .passes.check import check
-from .passes.identify import plan_hash
 from .plan import PLAN_FORMAT, Bindings, Plan, Program, TargetFile, TensorEntry, Tiles
 from .tensor.pieces import Piece
 
 __all__ = ["SavedPlan", "dumps", "from_json", "load", "save", "to_json"]
 
-_LARGEST_FILE = 4 << 30
+_LARGEST_FILE = 1 << 30
 _COMPRESS_FROM = 4096
 
 
@@ -89,7 +89,7 @@ def from_json(value: object) -> Plan:
 
 def dumps(plan: Plan, *, target_root: str | None = None) -> str:
     """The plan as JSON text."""
-    return json.dumps(to_json(plan, target_root=target_root), separators=(",", ":"), allow_nan=False)
+    return _text(to_json(plan, target_root=target_root))
 
 
 def save(plan: Plan, file: str | os.PathLike[str], *, target_root: str | None = None) -> None:
@@ -97,19 +97,22 @@ def save(plan: Plan, file: str | os.PathLike[str], *, target_root: str | None = 
 
     Raises
     ------
-    UsageError
+    OSError
         The file cannot be written.
     """
-    made = dumps(plan, target_root=target_root)
     beside = Path(f"{os.fspath(file)}.new")
-    try:
-        with open(beside, "w", encoding="utf-8") as out:
-            out.write(made + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(beside, file)
-    except OSError as error:
-        raise UsageError("the plan cannot be written", file=file, actual=error.strerror) from None
+    with open(beside, "w", encoding="utf-8") as out:
+        # One field at a time, so that the text of a large plan is never held whole.
+        fields = to_json(plan, target_root=target_root).items()
+        out.writelines(f"{',' if number else '{'}{_text(key)}:{_text(value)}" for number, (key, value) in enumerate(fields))
+        out.write("}\n")
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(beside, file)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def load(file: str | os.PathLike[str]) -> SavedPlan:
@@ -123,7 +126,7 @@ def load(file: str | os.PathLike[str]) -> SavedPlan:
     try:
         with open(file, "rb") as stream:
             if os.fstat(stream.fileno()).st_size > _LARGEST_FILE:
-                raise PlanError("a plan file larger than 4 GiB is not read", file=file)
+                raise PlanError("a plan file larger than 1 GiB is not read", file=file)
             data = stream.read()
     except OSError as error:
         raise PlanError("the plan cannot be read", file=file, actual=error.strerror) from None
@@ -171,6 +174,7 @@ def _column(values: Iterable[int]) -> list[int] | dict[str, list[int]]:
 def _target_files(files: Sequence[TargetFile]) -> dict[str, Any]:
     static = [(i, offset, data) for i, f in enumerate(files) for offset, data in f.static]
     crcs = [(i, crc) for i, f in enumerate(files) for crc in f.crcs]
+    seals = [(i, seal) for i, f in enumerate(files) for seal in f.seals]
     data = b"".join(d for _, _, d in static)
     kind, packed = ("zlib", zlib.compress(data, 6)) if len(data) >= _COMPRESS_FROM else ("base64", data)
     return {
@@ -188,6 +192,12 @@ def _target_files(files: Sequence[TargetFile]) -> dict[str, Any]:
             "nbytes": _column(c.nbytes for _, c in crcs),
             "patches": _column(len(c.patches) for _, c in crcs),
             "patch": _column(p for _, c in crcs for p in c.patches),
+        },
+        "seals": {
+            "in": _column(i for i, _ in seals),
+            "kind": _column(SEAL_KINDS.index(seal.kind) for _, seal in seals),
+            "file": _column(seal.file for _, seal in seals),
+            "offset": _column(seal.offset for _, seal in seals),
         },
     }
 

@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ConfigError, UnknownFamilyError, UnsupportedError
+from ..errors import ConfigError, UnknownFamilyError, UnsupportedError, short
+from .layout import MOST_LAYERS
 from .tables import FAMILIES, ConfigRule, Family
 
-__all__ = ["ModelConfig", "check_types", "family_of", "from_huggingface", "infer_family", "layer_scope", "to_huggingface"]
+__all__ = ["ModelConfig", "family_of", "from_huggingface", "infer_family", "is_number", "layer_scope", "to_huggingface", "valid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def family_of(raw: Mapping[str, Any], file: str = "config.json") -> Family:
     near = difflib.get_close_matches(kind, types, n=3, cutoff=0.4)
     hint = f"Nearest: {', '.join(near)}. " if near else ""
     advice = "Name the family whose tensors these are with --family NAME, or bring a table with --family FILE.toml"
-    raise UnknownFamilyError(f"no family has the model_type {kind!r}", file=file, remedy=f"{hint}Known: {', '.join(types)}. {advice}")
+    raise UnknownFamilyError(f"no family has the model_type {short(kind)}", file=file, remedy=f"{hint}Known: {', '.join(types)}. {advice}")
 
 
 def from_huggingface(raw: Mapping[str, Any], family: Family, file: str = "config.json") -> ModelConfig:
@@ -78,8 +79,7 @@ def from_huggingface(raw: Mapping[str, Any], family: Family, file: str = "config
     for rule in family.config:
         fields[rule.name] = _field(rule, plain, fields, file)
         _check_count(rule.name, fields, file)
-    check_types(fields, file)
-    return ModelConfig(family.name, fields)
+    return ModelConfig(family.name, valid(fields, file))
 
 
 def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], file: str) -> Any:
@@ -87,7 +87,7 @@ def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], 
     if found:
         key, value = next(iter(found.items()))
         if other := next((k for k, v in found.items() if v != value), None):
-            raise ConfigError(f"{key} and {other} disagree", file=file, expected=value, actual=found[other])
+            raise ConfigError(f"{key} and {other} disagree", file=file, expected=short(value), actual=short(found[other]))
         return value
     if rule.default is None:
         raise ConfigError(f"the config lacks {rule.key!r}", file=file, remedy="Complete it, or give another with --config")
@@ -100,67 +100,110 @@ _COUNTS = (
 )  # fmt: skip
 _SWITCHES = ("tie_word_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm", "norm_topk_prob", "shared_expert_gate")
 _NUMBERS = ("max_position_embeddings", "rms_norm_eps", "rope_theta", "router_aux_loss_coef")
+_LARGEST_COUNT = 1 << 32
+"""Extents are products of at most a few of these; layers are listed, so there may be fewer of them, as of experts."""
+_MOST_EXPERTS = 1 << 18
+"""Of all layers together."""
+_MOST = {"num_hidden_layers": MOST_LAYERS, "num_experts": _MOST_EXPERTS}
+_LARGEST_NUMBER = 1e300
+_MOST_LOOKS = 1 << 24
 
 
-def _check_count(name: str, fields: Mapping[str, Any], file: str) -> None:
-    value = fields[name]
-    if name in _COUNTS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ConfigError(f"{name} must be a positive integer", file=file, actual=repr(value))
-
-
-def check_types(fields: Mapping[str, Any], file: str) -> None:
-    """Refuse fields of the wrong type, or that contradict each other.
+def valid(fields: Mapping[str, Any], file: str) -> Mapping[str, Any]:
+    """The fields, each of a type and size that a model can have.
 
     Raises
     ------
     ConfigError
-        Names the field and its value.
+        Names the field.
     """
     for name in fields:
         _check_count(name, fields, file)
     for name in _SWITCHES:
         if not isinstance(fields.get(name, False), bool):
-            raise ConfigError(f"{name} must be true or false", file=file, actual=repr(fields[name]))
+            raise ConfigError(f"{name} must be true or false", file=file, actual=short(fields[name]))
     for name in _NUMBERS:
-        if not isinstance(value := fields.get(name, 1), int | float) or isinstance(value, bool):
-            raise ConfigError(f"{name} must be a number", file=file, actual=repr(value))
-    scaling, window = fields.get("rope_scaling"), fields.get("sliding_window")
-    if scaling is not None and not isinstance(scaling.get("factor", 1.0), int | float):
-        raise ConfigError("the factor of rope_scaling must be a number", file=file, actual=repr(scaling["factor"]))
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
-        raise ConfigError("sliding_window must be an integer", file=file, actual=repr(window))
-    dense = fields.get("mlp_only_layers", [])
-    if not isinstance(dense, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in dense):
-        raise ConfigError("mlp_only_layers must be a list of layer numbers", file=file, actual=repr(dense))
+        if not is_number(value := fields.get(name, 1)):
+            raise ConfigError(f"{name} must be a number", file=file, actual=short(value))
+    if not isinstance(act := fields.get("hidden_act", ""), str):
+        raise ConfigError("hidden_act must be a name", file=file, actual=short(act))
+    _check_scaling(fields.get("rope_scaling"), file)
+    window = fields.get("sliding_window")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or not abs(window) <= _LARGEST_COUNT):
+        raise ConfigError("sliding_window must be an integer", file=file, actual=short(window))
     heads, groups = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
     if heads and groups and heads % groups:
         raise ConfigError("key/value heads do not divide the attention heads", file=file, expected=f"a divisor of {heads}", actual=groups)
-    chosen, experts = fields.get("num_experts_per_tok", 0), fields.get("num_experts", 0)
+    _check_experts(fields, file)
+    return fields
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER
+
+
+def _check_experts(fields: Mapping[str, Any], file: str) -> None:
+    layers, experts, chosen = (fields.get(name, 0) for name in ("num_hidden_layers", "num_experts", "num_experts_per_tok"))
     if chosen > experts:
         raise ConfigError("a token is sent to more experts than there are", file=file, expected=f"at most {experts}", actual=chosen)
+    if layers * experts > _MOST_EXPERTS:
+        raise ConfigError(
+            "more experts than any model has", file=file, expected=f"at most {_MOST_EXPERTS:,} in all layers", actual=layers * experts
+        )
+    dense = fields.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in dense):
+        raise ConfigError("mlp_only_layers must be a list of layer numbers", file=file, actual=short(dense))
+    # An expression of a table may look through a list once per layer.
+    if long := next((name for name, value in fields.items() if isinstance(value, list) and len(value) * layers > _MOST_LOOKS), None):
+        raise ConfigError(
+            f"{long} is longer than any model's", file=file, expected=f"at most {_MOST_LOOKS // layers:,}", actual=len(fields[long])
+        )
+
+
+def _check_count(name: str, fields: Mapping[str, Any], file: str) -> None:
+    if name not in _COUNTS:
+        return
+    value, most = fields[name], _MOST.get(name, _LARGEST_COUNT)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be a positive integer", file=file, actual=short(value))
+    if value > most:
+        raise ConfigError(f"{name} is larger than any model's", file=file, expected=f"at most {most:,}", actual=short(value))
+
+
+def _check_scaling(scaling: Any, file: str) -> None:
+    if scaling is None:
+        return
+    if not isinstance(scaling, Mapping) or not isinstance(scaling.get("rope_type"), str):
+        raise ConfigError("rope_scaling must be an object with a rope_type", file=file, actual=short(scaling))
+    factor = scaling.get("factor", 1.0)
+    if not is_number(factor):
+        raise ConfigError("the factor of rope_scaling must be a number", file=file, actual=short(factor))
 
 
 def _plain_rope(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
     """RoPE under its older spelling, whichever the file has."""
     plain = dict(raw)
     parameters = raw.get("rope_parameters")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise ConfigError("rope_parameters must be an object", file=file, actual=short(parameters))
     if isinstance(parameters, Mapping):
         scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
         found = {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta")), "rope_scaling": _scaling(scaling)}
         for key, value in found.items():
             other = _scaling(raw.get(key)) if key == "rope_scaling" else raw.get(key)
             if raw.get(key) is not None and other != value:
-                raise ConfigError(f"rope_parameters and {key} disagree", file=file, expected=value, actual=raw[key])
+                raise ConfigError(f"rope_parameters and {key} disagree", file=file, expected=short(value), actual=short(raw[key]))
         plain.update(found)
     elif raw.get("rope_scaling") is not None:
         plain["rope_scaling"] = _scaling(raw["rope_scaling"])
     return plain
 
 
-def _scaling(scaling: Any) -> dict[str, Any] | None:
-    """``{"rope_type": …, …}``; None for plain RoPE."""
+def _scaling(scaling: Any) -> Any:
+    """``{"rope_type": …, …}``; None for plain RoPE. What is no object stays as it is: `valid` refuses it."""
     if not isinstance(scaling, Mapping):
-        return None
+        return scaling
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return None

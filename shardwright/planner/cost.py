@@ -28,10 +28,12 @@ def cost(plan: Plan, memory: int, workers: int) -> Cost:
     fitted = fit(plan.programs, memory, workers, plan_nbytes(plan), items)
     static = sum(len(data) for file in plan.target_files for _, data in file.static)
     needed = sum(tensor.nbytes for tensor in plan.source_tensors)
+    sealed = [seal.file for file in plan.target_files for seal in file.seals if seal.kind == "sha256"]
+    again = sum(plan.target_files[i].nbytes for i in sealed if i < len(plan.target_files)) + (plan.copied_bytes if sealed else 0)
     return Cost(
         tensors=len(plan.target_tensors),
         files=len(plan.target_files) + len(plan.copies),
-        bytes_read=int(plan.tiles.bytes_read.sum()) + plan.copied_bytes,
+        bytes_read=int(plan.tiles.bytes_read.sum()) + plan.copied_bytes + again,
         bytes_written=int(plan.tiles.bytes_written.sum()) + static + plan.copied_bytes,
         source_bytes=needed + plan.copied_bytes,
         target_bytes=sum(file.nbytes for file in plan.target_files) + plan.copied_bytes,

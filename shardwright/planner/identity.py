@@ -9,6 +9,7 @@ file that lies is refused by the same checks as any other.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ __all__ = ["FILE_NAME", "SCHEMA", "named_in", "read_identity", "read_json", "rea
 FILE_NAME = "shardwright.json"
 SCHEMA = 1
 _LARGEST_JSON = 1 << 30
+_DEEPEST_JSON = 64
 T = TypeVar("T")
 
 
@@ -31,24 +33,43 @@ def read_json(store: Store, path: str) -> Any:
     Raises
     ------
     CheckpointError
-        Not JSON, nested too deeply, or a key given twice.
+        Not JSON, nested too deeply, a key given twice, or text that could not be written again.
     """
     if store.stat(path).nbytes > _LARGEST_JSON:
         raise CheckpointError("a JSON file is larger than 1 GiB", file=path)
     try:
-        return json.loads(store.read(path), object_pairs_hook=lambda pairs: _once(pairs, path))
+        # UTF-8 and nothing else; the mark that some editors begin a file with is no part of the text.
+        text = store.read(path).decode().removeprefix("\ufeff")
+        found = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, path))
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"not JSON ({error})", file=path, remedy="Copy the file again, or correct it") from None
+    _check_plain(found, path)
+    return found
 
 
 def _once(pairs: list[tuple[str, Any]], path: str) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise CheckpointError(f"a JSON object has the key {twice!r} twice", file=path)
     return found
+
+
+def _check_plain(value: object, path: str) -> None:
+    """Shallow enough to be printed, and every string of it can be encoded: one half of a surrogate pair cannot."""
+    pending: list[tuple[object, int]] = [(value, 0)]
+    while pending:
+        item, depth = pending.pop()
+        if isinstance(item, str):
+            if not item.isascii() and any("\ud800" <= c <= "\udfff" for c in item):
+                raise CheckpointError("a JSON string holds half of a surrogate pair", file=path, actual=ascii(item)[:80])
+        elif isinstance(item, dict | list):
+            if depth > _DEEPEST_JSON:
+                raise CheckpointError("a JSON file is nested too deeply", file=path, expected=f"at most {_DEEPEST_JSON} levels")
+            inner = [*item, *item.values()] if isinstance(item, dict) else item
+            pending += [(v, depth + 1) for v in inner if isinstance(v, str | dict | list)]
 
 
 def read_object(store: Store, path: str) -> dict[str, Any]:
@@ -81,7 +102,7 @@ def read_identity(store: Store) -> Mapping[str, Any] | None:
             )
     try:
         Layout.from_json(identity["layout"])
-    except (ShardwrightError, TypeError) as error:
+    except ShardwrightError as error:
         raise CheckpointError(f"shardwright.json holds no layout ({error})", file=FILE_NAME, actual=identity["layout"]) from None
     return identity
 

@@ -19,9 +19,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from ..errors import LayoutError, UsageError
+from ..errors import LayoutError, UsageError, short
 
-__all__ = ["SPLITS", "Layout", "Place", "Split"]
+__all__ = ["MOST_LAYERS", "MOST_RANKS", "SPLITS", "Layout", "Place", "Split"]
+
+MOST_RANKS = 1 << 20
+"""Ranks times virtual chunks of one layout."""
+MOST_LAYERS = 1 << 20
+"""Layers are listed too."""
 
 
 class Place(NamedTuple):
@@ -58,8 +63,13 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "ep", "etp"):
             value = getattr(self, name)
-            if (name, value) != ("etp", None) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise UsageError(f"{name} must be a positive integer", actual=repr(value))
+            if name == "etp" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"{name} must be a positive integer", actual=short(value))
+        # Ranks are listed in many places: a size out of a file must not decide how long those lists are.
+        if max(self.tp, self.pp, self.vpp, self.ep, self.expert_tp) > MOST_RANKS or self.ranks * self.vpp > MOST_RANKS:
+            raise LayoutError("a layout of so many ranks is not offered", expected=f"at most {MOST_RANKS:,} ranks and virtual chunks")
         if self.tp % self.expert_tp:
             raise LayoutError("etp must divide tp", expected=f"a divisor of {self.tp}", actual=f"etp {self.etp}, tp {self.tp}")
         if self.vpp > 1 and self.pp == 1:
@@ -70,6 +80,8 @@ class Layout:
                 expected=f"{self.pp * self.vpp} numbers (pp × vpp)",
                 actual=f"{len(self.stages)} numbers",
             )
+        if wrong := [n for n in self.stages or () if type(n) is not int or not 0 <= n <= MOST_LAYERS]:
+            raise LayoutError("layers per stage must be whole numbers", expected=f"0 … {MOST_LAYERS:,}", actual=short(wrong[0]))
 
     @property
     def ranks(self) -> int:
@@ -155,6 +167,8 @@ class Layout:
         if unknown:
             raise UsageError(f"a layout has no axis {min(unknown)!r}", expected="tp, pp, vpp, ep, etp, stages")
         stages = values.get("stages")
+        if stages is not None and not isinstance(stages, list | tuple):
+            raise LayoutError("layers per stage must be a list", actual=short(stages))
         return cls(**{**values, "stages": None if stages is None else tuple(stages)})
 
 
@@ -188,6 +202,19 @@ class Split:
         return place % self.repeat + self.repeat * (place // (self.parts * self.repeat))
 
 
+def _extent(shape: tuple[int, ...], axis: int) -> int:
+    if axis >= len(shape):
+        raise LayoutError("a tensor is split along an axis that it does not have", expected=f"axis {axis}", actual=f"shape {shape}")
+    return shape[axis]
+
+
+def _heads_of(fields: Mapping[str, Any], name: str) -> int:
+    heads = fields.get(name)
+    if not isinstance(heads, int) or heads < 1:
+        raise LayoutError(f"a split by heads needs the config field {name!r}", actual=short(heads))
+    return heads
+
+
 def _even(axis: int, size: int, tp: int, what: str) -> Split:
     if size % tp:
         raise LayoutError(
@@ -201,15 +228,15 @@ def _copies(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str)
 
 
 def _rows(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
-    return _even(0, shape[0], tp, "the rows")
+    return _even(0, _extent(shape, 0), tp, "the rows")
 
 
 def _columns(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
-    return _even(1, shape[1], tp, "the columns")
+    return _even(1, _extent(shape, 1), tp, "the columns")
 
 
 def _vocab(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
-    if shape[0] % tp:
+    if _extent(shape, 0) % tp:
         raise LayoutError(
             f"tp {tp} does not divide the vocabulary",
             expected=f"a multiple of {tp}",
@@ -220,30 +247,30 @@ def _vocab(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) 
 
 
 def _heads(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
-    _even(0, fields["num_attention_heads"], tp, "the attention heads")
-    return _even(0, shape[0], tp, "the rows")
+    _even(0, _heads_of(fields, "num_attention_heads"), tp, "the attention heads")
+    return _even(0, _extent(shape, 0), tp, "the rows")
 
 
 def _head_columns(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
-    _even(1, fields["num_attention_heads"], tp, "the attention heads")
-    return _even(1, shape[1], tp, "the columns")
+    _even(1, _heads_of(fields, "num_attention_heads"), tp, "the attention heads")
+    return _even(1, _extent(shape, 1), tp, "the columns")
 
 
 def _kv_heads(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
-    heads = fields["num_key_value_heads"]
+    heads, rows = _heads_of(fields, "num_key_value_heads"), _extent(shape, 0)
     if heads % tp == 0:
-        return _even(0, shape[0], tp, "the rows")
+        return _even(0, rows, tp, "the rows")
     if tp % heads:
         raise LayoutError(
             f"tp {tp} and {heads} key/value heads do not divide each other", expected=f"a divisor or multiple of {heads}", actual=f"tp {tp}"
         )
-    return Split(0, heads, tp // heads) if kv == "replicate" else _even(0, shape[0], tp, "the rows")
+    return Split(0, heads, tp // heads) if kv == "replicate" else _even(0, rows, tp, "the rows")
 
 
 def _qkv(shape: tuple[int, ...], tp: int, fields: Mapping[str, Any], kv: str) -> Split:
-    _even(0, fields["num_attention_heads"], tp, "the attention heads")
+    _even(0, _heads_of(fields, "num_attention_heads"), tp, "the attention heads")
     _kv_heads(shape, tp, fields, "cut")
-    return _even(0, shape[0], tp, "the fused rows")
+    return _even(0, _extent(shape, 0), tp, "the fused rows")
 
 
 SPLITS: dict[str, Callable[[tuple[int, ...], int, Mapping[str, Any], str], Split]] = {

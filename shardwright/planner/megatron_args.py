@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import ConfigError, UnsupportedError
-from .config import ModelConfig, check_types, infer_family, layer_scope
+from ..errors import ConfigError, UnsupportedError, short
+from .config import ModelConfig, infer_family, is_number, layer_scope, valid
 from .tables import DIALECT_WORDS, Family
 
 __all__ = ["from_megatron", "to_megatron"]
@@ -77,7 +77,7 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
 
 
 def _megatron_experts(config: ModelConfig, family: Family) -> dict[str, Any]:
-    pattern = [int(layer_scope(family, {**DIALECT_WORDS, **config.fields}, n)["moe"]) for n in range(config["num_hidden_layers"])]
+    pattern = [int(bool(layer_scope(family, {**DIALECT_WORDS, **config.fields}, n)["moe"])) for n in range(config["num_hidden_layers"])]
     if not config.fields.get("num_experts") or not any(pattern):
         return {"num_experts": None}
     shared = config.fields.get("shared_expert_intermediate_size", 0)
@@ -138,17 +138,17 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
 
     for name, wanted in (("normalization", "RMSNorm"), ("position_embedding_type", "rope"), ("swiglu", True)):
         if need(name) != wanted:
-            raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=wanted)
+            raise UnsupportedError(f"no family here has args.{name} = {short(arguments[name])}", file=file, expected=wanted)
     for name, usual in _USUAL.items():
         if arguments.get(name, usual) != usual:
-            raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=usual)
+            raise UnsupportedError(f"no family here has args.{name} = {short(arguments[name])}", file=file, expected=usual)
     heads = need("num_attention_heads")
     vocab = vocab_size if vocab_size is not None else arguments.get("vocab_size")
     if vocab is None:
         raise ConfigError(
             "the true vocabulary size is not in the checkpoint's args",
             file=file,
-            actual=f"padded_vocab_size {arguments.get('padded_vocab_size')}",
+            actual=f"padded_vocab_size {short(arguments.get('padded_vocab_size'))}",
             remedy="Give --vocab-size N",
         )
     linear_bias = bool(arguments.get("add_bias_linear", True))
@@ -158,14 +158,14 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
         "num_hidden_layers": need("num_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": need("num_query_groups") if arguments.get("group_query_attention") else heads,
-        "head_dim": arguments.get("kv_channels") or need("hidden_size") // heads,
+        "head_dim": arguments.get("kv_channels") or _quotient(need("hidden_size"), heads, file),
         "vocab_size": vocab,
         "max_position_embeddings": need("max_position_embeddings"),
         "rms_norm_eps": need("norm_epsilon"),
         "hidden_act": "silu",
         "tie_word_embeddings": not arguments.get("untie_embeddings_and_output_weights", False),
-        "rope_theta": float(base) if isinstance(base := need("rotary_base"), int) else base,
-        "rope_scaling": _rope_from_megatron(arguments),
+        "rope_theta": _float(need("rotary_base"), "rotary_base", file),
+        "rope_scaling": _rope_from_megatron(arguments, file),
         "qkv_bias": linear_bias or bool(arguments.get("add_qkv_bias")),
         "attention_out_bias": linear_bias,
         "mlp_bias": linear_bias,
@@ -173,12 +173,14 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
         "sliding_window": _window(arguments.get("window_size"), file),
         **_experts_from_megatron(arguments, need("num_layers"), file),
     }
-    check_types({name: value for name, value in fields.items() if value or name not in _OPTIONAL}, file)
+    valid({name: value for name, value in fields.items() if value or name not in _OPTIONAL}, file)
     found = family or infer_family(fields, file)
     declared = {rule.name for rule in found.config}
     if foreign := next((name for name in _OPTIONAL if fields[name] and name not in declared), None):
-        raise UnsupportedError(f"family {found.name!r} has no {foreign}", file=file, actual=fields[foreign], remedy="Name another --family")
-    return ModelConfig(found.name, _declared(found, fields, file))
+        raise UnsupportedError(
+            f"family {found.name!r} has no {foreign}", file=file, actual=short(fields[foreign]), remedy="Name another --family"
+        )
+    return ModelConfig(found.name, valid(_declared(found, fields, file), file))
 
 
 _OPTIONAL = ("num_experts", "shared_expert_intermediate_size")
@@ -207,6 +209,7 @@ def _experts_from_megatron(arguments: Mapping[str, Any], layers: int, file: str)
     experts = arguments.get("num_experts")
     if experts is None:
         return {"num_experts": 0, "shared_expert_intermediate_size": 0, "shared_expert_gate": False, "dense_layers": False}
+    valid({"num_hidden_layers": layers}, file)
     pattern = _pattern(arguments.get("moe_layer_freq", 1), layers, file)
     shared = arguments.get("moe_shared_expert_intermediate_size") or 0
     dense = [layer for layer, moe in enumerate(pattern) if not moe]
@@ -231,8 +234,21 @@ def _pattern(freq: Any, layers: int, file: str) -> Sequence[int]:
     if isinstance(freq, list | tuple) and len(freq) == layers and all(n in (0, 1) for n in freq):
         return freq
     raise ConfigError(
-        "args.moe_layer_freq is no pattern of the layers", file=file, expected=f"a number, or {layers} of 0 and 1", actual=freq
+        "args.moe_layer_freq is no pattern of the layers", file=file, expected=f"a number, or {layers} of 0 and 1", actual=short(freq)
     )
+
+
+def _quotient(size: Any, heads: Any, file: str) -> int:
+    for name, value in (("hidden_size", size), ("num_attention_heads", heads)):
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be a positive integer", file=file, actual=short(value))
+    return int(size) // int(heads)
+
+
+def _float(value: Any, name: str, file: str) -> float:
+    if not is_number(value):
+        raise ConfigError(f"args.{name} must be a number", file=file, actual=short(value))
+    return float(value)
 
 
 def _window(size: Any, file: str) -> int | None:
@@ -240,12 +256,16 @@ def _window(size: Any, file: str) -> int | None:
     if not size or size == -1:
         return None
     if not isinstance(size, tuple | list) or not isinstance(size[0], int):
-        raise ConfigError("args.window_size must be a pair of integers", file=file, actual=repr(size))
+        raise ConfigError("args.window_size must be a pair of integers", file=file, actual=short(size))
     return None if size[0] < 0 else size[0] + 1
 
 
-def _rope_from_megatron(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+def _rope_from_megatron(arguments: Mapping[str, Any], file: str) -> dict[str, Any] | None:
     if arguments.get("use_rope_scaling"):
-        return {"rope_type": "llama3", "factor": float(arguments.get("rope_scaling_factor", 8.0)), **_LLAMA3_ROPE}
+        return {
+            "rope_type": "llama3",
+            "factor": _float(arguments.get("rope_scaling_factor", 8.0), "rope_scaling_factor", file),
+            **_LLAMA3_ROPE,
+        }
     factor = arguments.get("rotary_seq_len_interpolation_factor")
-    return None if factor is None else {"rope_type": "linear", "factor": float(factor)}
+    return None if factor is None else {"rope_type": "linear", "factor": _float(factor, "rotary_seq_len_interpolation_factor", file)}

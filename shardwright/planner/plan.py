@@ -35,6 +35,7 @@ __all__ = [
     "Output",
     "Plan",
     "Program",
+    "Seal",
     "SourceFile",
     "TargetFile",
     "TensorEntry",
@@ -42,7 +43,7 @@ __all__ = [
     "ValueOp",
 ]
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 """Number of the plan's own format; part of the plan hash."""
 
 Ints = npt.NDArray[np.int64]
@@ -209,17 +210,37 @@ class SourceFile:
     header_digest: str
 
 
+class Seal(NamedTuple):
+    """Where the checksum of a whole file is written, in lower-case hexadecimal, when that file is complete.
+
+    Attributes
+    ----------
+    kind
+        ``"crc32"`` (8 digits) or ``"sha256"`` (64).
+    file
+        Number of the file: target files first, then copies.
+    offset
+        Of the first digit.
+    """
+
+    kind: str
+    file: int
+    offset: int
+
+
 @dataclass(frozen=True, slots=True)
 class TargetFile:
     """A target file: path below the target root, final size, and every byte that is not tensor data.
 
-    `static` is ``(offset, bytes)`` ascending and disjoint; `crcs` are filled in when the data is complete.
+    `static` is ``(offset, bytes)`` ascending and disjoint; `crcs` are filled in when the data is complete, `seals` when
+    all other files are.
     """
 
     path: str
     nbytes: int
     static: tuple[tuple[int, bytes], ...] = ()
     crcs: tuple[Crc, ...] = ()
+    seals: tuple[Seal, ...] = ()
 
 
 class TensorEntry(NamedTuple):

@@ -2,18 +2,27 @@
 
 The planner reads headers through a store that is handed to it and never opens a file itself. A store knows names
 (POSIX paths relative to its root), sizes and byte ranges; it cannot write.
+
+A name out of a manifest is untrusted: absolute names and ``..`` are refused. A link that lies in the folder is followed
+(the Hugging Face cache is made of them), but only regular files are opened, so that a pipe or a device that is called
+``model.safetensors`` neither hangs the reader nor is read.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Protocol
 
 from ..errors import CheckpointError, ContainerError
 
 __all__ = ["LocalStore", "Stat", "Store"]
+
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,8 @@ class LocalStore:
         given = Path(path)
         if not given.exists():
             raise CheckpointError("no such file or directory", file=given)
+        if not given.is_file() and not given.is_dir():
+            raise CheckpointError("neither a folder nor a regular file", file=given)
         self.only = given.name if given.is_file() else None
         self._root = given.parent if given.is_file() else given
         self._names: tuple[str, ...] | None = None
@@ -61,31 +72,32 @@ class LocalStore:
 
     def list(self) -> tuple[str, ...]:
         if self._names is None:
-            if self.only is not None:
-                self._names = (self.only,)
-            else:
-                found = []
-                for folder, folders, files in os.walk(self._root):
-                    folders[:] = sorted(d for d in folders if not d.startswith("."))
-                    base = os.path.relpath(folder, self._root)
-                    found += [name if base == "." else f"{base}/{name}".replace(os.sep, "/") for name in files]
-                self._names = tuple(sorted(found))
+            self._names = (self.only,) if self.only is not None else tuple(sorted(self._walk()))
         return self._names
 
     def exists(self, path: str) -> bool:
-        return self._path(path).is_file()
+        try:
+            return S_ISREG(os.stat(self._path(path)).st_mode)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return False
+            raise _unreadable(error, path) from None
 
     def stat(self, path: str) -> Stat:
         try:
-            found = self._path(path).stat()
+            found = os.stat(self._path(path))
         except OSError as error:
             raise _unreadable(error, path) from None
+        _regular(found, path)
         return Stat(found.st_size, found.st_mtime_ns)
 
     def read(self, path: str, offset: int = 0, nbytes: int | None = None) -> bytes:
+        # Before it is opened too: opening a device can be an act.
+        self.stat(path)
         try:
-            with open(self._path(path), "rb", buffering=0) as file:
-                end = os.fstat(file.fileno()).st_size
+            with open(self._path(path), "rb", buffering=0, opener=_open_at_once) as file:
+                _regular(found := os.fstat(file.fileno()), path)
+                end = found.st_size
                 want = end - offset if nbytes is None else nbytes
                 # Checked against the file's end first: a length read from the file must not size an allocation.
                 if offset < 0 or want < 0 or offset + want > end:
@@ -105,11 +117,58 @@ class LocalStore:
         except OSError as error:
             raise _unreadable(error, path) from None
 
+    def _walk(self) -> Iterator[str]:
+        """Every file below the root. Hidden folders and links to folders are not entered; depth is the file system's affair."""
+        pending = [""]
+        while pending:
+            base = pending.pop()
+            try:
+                with os.scandir(self._root / base) as entries:
+                    found = [*entries]
+            except PermissionError as error:
+                if base:  # a mount's lost+found, for example, is nobody's business
+                    continue
+                raise _unreadable(error, self.root) from None
+            except OSError as error:
+                raise _unreadable(error, base or self.root) from None
+            for entry in found:
+                name = _writable(f"{base}{entry.name}", self.root)
+                if not _is_folder(entry):
+                    yield name
+                elif not entry.is_symlink() and not entry.name.startswith("."):
+                    pending.append(f"{name}/")
+
     def _path(self, path: str) -> Path:
         # A name out of an index or manifest is untrusted: it must stay below the root.
         if path.startswith("/") or ".." in path.split("/") or "\0" in path:
             raise CheckpointError("a path leaves the checkpoint's folder", file=path, remedy="Correct the index or manifest that names it")
-        return self._root / path
+        return self._root / _writable(path, self.root)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads round in circles: a file that nobody can read
+        return False
+
+
+def _writable(path: str, root: str) -> str:
+    """The path, if it could be written into a manifest again."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError("a file's name is not UTF-8", file=root, actual=ascii(path), remedy="Rename it") from None
+    return path
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # A pipe that took the file's place since it was looked at would make a plain open wait for a writer.
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _regular(found: os.stat_result, path: str) -> None:
+    if not S_ISREG(found.st_mode):
+        raise CheckpointError("not a regular file", file=path, remedy="Remove the pipe, device or folder of that name")
 
 
 def _unreadable(error: OSError, path: str) -> CheckpointError:

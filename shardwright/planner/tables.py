@@ -18,13 +18,14 @@ make each expert's part. Boundary: no checkpoint, no shapes yet.
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import TableError, UnknownFamilyError, UsageError
+from ..errors import TableError, UnknownFamilyError, UsageError, short
 from ._toml import FAMILY_KEYS, entries_of, extended, known_keys, listed, read, table_of, text_of, texts_of
 from .expressions import Expression, parse
 from .layout import SPLITS
@@ -53,6 +54,8 @@ STACK = "stack_experts"
 DIALECT_WORDS: Mapping[str, Any] = {"moe": False, "gated_mlp": True, "num_experts": 0, "tie_word_embeddings": False}
 """What a dialect may ask of every family, and the answer of a family that does not say."""
 _SCOPE = {"family", "layer", "tp", "pp", "vpp", "ep", "padded_vocab_size", "true", "false", "none"}
+_LONGEST_ARGUMENTS = 200
+_MOST_SPECS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,15 +203,17 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     aliases = tuple(_alias(entry, f"{origin} [[alias]] {i + 1}", known) for i, entry in enumerate(entries_of(table, "alias", origin)))
     rules = tuple(_config_rule(key, rule, f"{origin} [config] {key}") for key, rule in table_of(table, "config", origin).items())
     words = tuple((key, parse(text, f"{origin} [layer] {key}")) for key, text in table_of(table, "layer", origin).items())
-    spellings = tuple(texts_of(table, "spellings", origin))
+    spellings = _variants(table, "spellings", origin)
     rows = tuple(_row(entry, spellings, f"{origin} [[row]] {i + 1}") for i, entry in enumerate(entries_of(table, "row", origin)))
     for i, row in enumerate(rows):
         if unknown := set(row.hub) - known - {a.name for a in aliases}:
             raise TableError(
-                "a row is made of a tensor that the family does not have", file=f"{origin} [[row]] {i + 1}", actual=min(unknown)
+                "a row is made of a tensor that the family does not have", file=f"{origin} [[row]] {i + 1}", actual=short(min(unknown))
             )
     _unique_names(rows, spellings, origin)
     fields = {rule.name for rule in rules} | {"layer", "true", "false", "none"}
+    if taken := {name for name, _ in words} & (fields | _SCOPE | {"num_experts"}):
+        raise TableError("a word of [layer] has the name of something else", file=origin, actual=short(min(taken)))
     _fields_known([(f"[layer] {name}", e) for name, e in words], fields, origin)
     fields |= {name for name, _ in words}
     _fields_known([(t.name, e) for t in tensors for e in (*t.shape, t.when)] + [(a.name, a.when) for a in aliases], fields, origin)
@@ -248,7 +253,7 @@ def _hub_tensor(entry: dict[str, Any], where: str) -> HubTensor:
     known_keys(entry, {"name", "shape", "when", "split", "stage", "huggingface"}, where, "a tensor")
     name = text_of(entry, "name", where, "a tensor")
     if not isinstance(entry.get("shape"), list):
-        raise TableError("a tensor needs a shape: a list of expressions", file=where, actual=entry.get("shape"))
+        raise TableError("a tensor needs a shape: a list of expressions", file=where, actual=short(entry.get("shape")))
     stage, stored = entry.get("stage", "layer" if "{layer}" in name else "first"), entry.get("huggingface", name)
     return HubTensor(
         name,
@@ -275,17 +280,19 @@ def _config_rule(name: str, rule: Any, where: str) -> ConfigRule:
         or ("value" in rule) == ("key" in rule)
         or not all(isinstance(key, str) for key in listed(rule.get("key", "")) or [None])
     ):
-        raise TableError('a config field is { key = "…", default = "…" } or { value = "…" }', file=where, actual=rule)
+        raise TableError('a config field is { key = "…", default = "…" } or { value = "…" }', file=where, actual=short(rule))
     text, keys = rule.get("value", rule.get("default")), listed(rule.get("key", []))
     return ConfigRule(name, keys[0] if keys else None, None if text is None else parse(text, where), tuple(keys[1:]))
 
 
 def _dialect(table: dict[str, Any], origin: str) -> Dialect:
     known_keys(table, _DIALECT_KEYS, origin, "the dialect")
-    specs = tuple(texts_of(table, "specs", origin))
+    specs = _variants(table, "specs", origin)
     rows: tuple[Row, ...] | None = None
     if "rows" in table:
         _choice(table["rows"], ("family",), origin, "rows")
+        if specs:
+            raise TableError("a dialect that takes its rows from the family has no specs", file=origin, actual=short(list(specs)))
     else:
         rows = tuple(_row(entry, specs, f"{origin} [[row]] {i + 1}") for i, entry in enumerate(entries_of(table, "row", origin)))
         _unique_names(rows, specs, origin)
@@ -302,18 +309,30 @@ def _dialect(table: dict[str, Any], origin: str) -> Dialect:
     )
 
 
+def _variants(table: dict[str, Any], key: str, origin: str) -> tuple[str, ...]:
+    found = tuple(texts_of(table, key, origin))
+    if len(found) > _MOST_SPECS:
+        raise TableError(f"{key} names more than {_MOST_SPECS} variants", file=origin, actual=len(found))
+    return found
+
+
 def _row(entry: dict[str, Any], specs: tuple[str, ...], where: str) -> Row:
     known_keys(entry, {"name", "hub", "layout", "split", "stage", "when"}, where, "a row")
     name = entry.get("name")
     names = dict.fromkeys(specs or ("",), name) if isinstance(name, str) else name
-    if not isinstance(names, dict) or not names or not set(names) <= set(specs or ("",)):
-        raise TableError("a row needs a name, or one per spec", file=where, expected=list(specs) or "a string", actual=name)
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(n, str) for n in names.values())
+        or not set(names) <= set(specs or ("",))
+    ):
+        raise TableError("a row needs a name, or one per spec", file=where, expected=list(specs) or "a string", actual=short(name))
     hub = tuple(texts_of(entry, "hub", where))
     if not hub:
         raise TableError("a row needs the hub tensors it is made of", file=where)
     layout = tuple(_operation(text, where) for text in texts_of(entry, "layout", where))
     if len(hub) > 1 and not layout:
-        raise TableError("a row of several hub tensors needs a layout that joins them", file=where, actual=list(hub))
+        raise TableError("a row of several hub tensors needs a layout that joins them", file=where, actual=short(list(hub)))
     stage = entry.get("stage", "layer" if "{layer}" in hub[0] else "first")
     _stacked(layout, list(names.values()), hub, where)
     return Row(
@@ -326,18 +345,20 @@ def _row(entry: dict[str, Any], specs: tuple[str, ...], where: str) -> Row:
     )
 
 
-def _stacked(layout: Sequence[tuple[str, Any]], names: Sequence[Any], hub: Sequence[str], where: str) -> None:
+def _stacked(layout: Sequence[tuple[str, Any]], names: Sequence[str], hub: Sequence[str], where: str) -> None:
     """Hub tensors that count experts are stored under names that do, or stacked by the last operation."""
     counted = {"{expert}" in name for name in hub}
     if len(counted) > 1:
-        raise TableError("a row joins what every expert has with what no expert has", file=where, actual=list(hub))
+        raise TableError("a row joins what every expert has with what no expert has", file=where, actual=short(list(hub)))
     stacks = [name for name, _ in layout].count(STACK)
     if stacks and (stacks > 1 or layout[-1][0] != STACK or counted != {True}):
-        raise TableError(f"{STACK} is the last operation of a row of experts", file=where, actual=[name for name, _ in layout])
+        raise TableError(f"{STACK} is the last operation of a row of experts", file=where, actual=short([name for name, _ in layout]))
     for name in names:
-        if isinstance(name, str) and ("{expert}" in name) != (counted == {True} and not stacks):
+        if ("{expert}" in name) != (counted == {True} and not stacks):
             raise TableError(
-                "a row of experts counts {expert} in its name or ends in stack_experts, and no other row does", file=where, actual=name
+                "a row of experts counts {expert} in its name or ends in stack_experts, and no other row does",
+                file=where,
+                actual=short(name),
             )
 
 
@@ -345,12 +366,19 @@ def _operation(text: str, where: str) -> tuple[str, tuple[Any, ...]]:
     """``"pad(0, 128)"`` → ``("pad", (0, 128))``: a registered name with literal arguments."""
     name, bracket, inside = text.partition("(")
     if bracket and not inside.rstrip().endswith(")"):
-        raise TableError("a bracket is not closed", file=where, actual=repr(text))
+        raise TableError("a bracket is not closed", file=where, actual=short(text))
+    if len(inside) > _LONGEST_ARGUMENTS:
+        raise TableError("the arguments of an operation are too long", file=where, actual=repr(text[:80]))
     try:
         arguments = ast.literal_eval(f"({inside.removesuffix(')')},)") if inside.strip(") ") else ()
-    except (ValueError, SyntaxError):
-        raise TableError("the arguments of an operation must be literals", file=where, actual=repr(text)) from None
-    return _choice(name.strip(), OPERATIONS, where, "operation"), tuple(arguments)
+    except (ValueError, SyntaxError, TypeError, RecursionError):
+        raise TableError("the arguments of an operation must be literals", file=where, actual=short(text)) from None
+    known = _choice(name.strip(), OPERATIONS, where, "operation")
+    try:
+        inspect.signature(OPERATIONS.get(known)).bind((), {}, *arguments)
+    except TypeError as error:
+        raise TableError(f"the operation does not take these arguments ({error})", file=where, actual=repr(text)) from None
+    return known, tuple(arguments)
 
 
 def _stage(value: Any, names: Sequence[Any], expert: bool | None, where: str) -> str:
@@ -361,15 +389,15 @@ def _stage(value: Any, names: Sequence[Any], expert: bool | None, where: str) ->
     stage = _choice(value, STAGES, where, "stage")
     for name in names:
         if not isinstance(name, str) or not name:
-            raise TableError("a name is a string", file=where, actual=repr(name))
+            raise TableError("a name is a string", file=where, actual=short(name))
         counters = name.count("{layer}"), name.count("{expert}")
         if not name.count("{") == name.count("}") == sum(counters):
-            raise TableError("a name can count only {layer} and {expert}", file=where, actual=repr(name))
+            raise TableError("a name can count only {layer} and {expert}", file=where, actual=short(name))
         if counters[1] and not counters[0]:
-            raise TableError("a name that counts {expert} counts {layer} too", file=where, actual=repr(name))
+            raise TableError("a name that counts {expert} counts {layer} too", file=where, actual=short(name))
         if expert is not None and bool(counters[1]) != expert:
             raise TableError(
-                "what every expert has needs {expert} in each of its names, and nothing else may have it", file=where, actual=name
+                "what every expert has needs {expert} in each of its names, and nothing else may have it", file=where, actual=short(name)
             )
         if ("{layer}" in name) != (stage == "layer"):
             raise TableError(
@@ -381,7 +409,7 @@ def _stage(value: Any, names: Sequence[Any], expert: bool | None, where: str) ->
 def _choice(value: Any, known: Any, where: str, what: str) -> str:
     if not isinstance(value, str) or value not in known:
         names = known.names() if isinstance(known, Registry) else list(known)
-        raise TableError(f"unknown {what}", file=where, actual=repr(value), remedy=f"Known: {', '.join(names)}")
+        raise TableError(f"unknown {what}", file=where, actual=short(value), remedy=f"Known: {', '.join(names)}")
     return value
 
 
@@ -405,7 +433,7 @@ def _unique(names: Sequence[str], where: str, what: str) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise TableError(f"{what} names one tensor twice", file=where, actual=repr(name))
+            raise TableError(f"{what} names one tensor twice", file=where, actual=short(name))
         seen.add(name)
 
 

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import shardwright as sw
 from shardwright import Layout
 from shardwright.errors import ContradictionError, PlanError
 from shardwright.planner.tensor.pieces import Piece
 from tests.clients.judge import MEMORY, TOLERANCE, distance, huggingface_logits, megatron_logits
-from tests.clients.test_harness import reference, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,25 +137,16 @@ def test_a_wrong_plan_is_seen(
 
 @pytest.mark.parametrize("label", ["gate_proj.weight", "o_proj.weight", "model.norm.weight"])
 def test_a_part_that_is_not_written_is_seen(label: str, hf_case: Callable[..., Path], mcore: Megatron, tmp_path: Path) -> None:
-    """Where files carry checksums nothing is published; elsewhere the hole is there, and both judges see it."""
+    """Every byte of a target is accounted for before it is published, whatever its container."""
     source, layout = hf_case("llama"), Layout(tp=2)
-    job = sw.plan(source, tmp_path / "torch", to="megatron-legacy", layout=layout, memory=MEMORY)
-    job.plan = _mutated(job.plan, label, "scatter", drop_piece, HEAD)
-    with pytest.raises(PlanError):
-        job.check()
-    with pytest.raises(ContradictionError, match="not written completely"):
-        job.execute()
+    for to in ("megatron-legacy", "ranks"):
+        job = sw.plan(source, tmp_path / to, to=to, dialect="megatron", layout=layout, memory=MEMORY)
+        job.plan = _mutated(job.plan, label, "scatter", drop_piece, HEAD)
+        with pytest.raises(PlanError):
+            job.check()
+        with pytest.raises(ContradictionError, match="never written"):
+            job.execute()
     assert not list(tmp_path.iterdir())
-    job = sw.plan(source, tmp_path / "ranks", to="ranks", dialect="megatron", layout=layout, memory=MEMORY)
-    job.plan = _mutated(job.plan, label, "scatter", drop_piece, HEAD)
-    job.execute()
-    assert not sw.verify(tmp_path / "ranks", source, memory=MEMORY).ok
-    ranks = reference(source, 2, 1)
-    for tp in range(2):
-        (file,) = (tmp_path / "ranks").glob(f"rank_*_tp{tp}_pp0.safetensors")
-        ranks[tp, 0]["model"] = load_file(file)
-    found = megatron_logits(mcore, write(ranks, tmp_path / "megatron", 1), layout)
-    assert distance(found, huggingface_logits(source)) > VISIBLE
 
 
 def _assert_exit_4(out: Path, source: Path) -> None:

@@ -25,8 +25,8 @@ from shardwright.executors import execute as execute_module
 from shardwright.executors.targets import TargetFiles
 from shardwright.planner.passes import memory
 from shardwright.planner.passes.build import build
-from shardwright.planner.passes.request import Request
 from shardwright.planner.plan import Plan
+from shardwright.planner.request import Request
 from tests.unit import reference as ref
 from tests.unit.reference import Model
 
@@ -213,7 +213,7 @@ def test_after_an_error_nothing_is_written_and_the_first_cause_is_told(workers, 
         sw.Conversion(plan, tmp_path / "out", workers=workers).execute()
     written = len(recording.log)
     assert lanes() == []
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["whole"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.partial", "whole"]
     time.sleep(0.05)
     assert len(recording.log) == written <= fails + workers
     recording.on_write = staticmethod(lambda count: None)
@@ -233,7 +233,7 @@ def test_an_error_of_the_system_names_the_file_and_keeps_its_cause(sources, tmp_
     with pytest.raises(RunError, match=r"No space left on device.*rank_0000|rank_0000.*No space left on device") as caught:
         sw.Conversion(plan, tmp_path / "out", workers=3).execute()
     assert isinstance(caught.value.__cause__, OSError)
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
 
 
 def test_a_lane_that_waits_for_memory_does_not_start(sources, tmp_path, recording):

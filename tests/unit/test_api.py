@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import shardwright as sw
 from shardwright import errors
 from shardwright.api import parse_size
+from shardwright.executors import system
 from tests.unit.tiny import tiny_llama
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
@@ -137,15 +138,15 @@ class TestTensor:
     def test_reads_just_those_bytes(self, src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tensor = sw.open(src)[Q0]
         read = 0
-        real = os.preadv
+        real = system.preadv
 
-        def counting(fd: int, buffers: Any, offset: int, *flags: int) -> int:
+        def counting(fd: int, buffers: Any, offset: int) -> int:
             nonlocal read
-            got = real(fd, buffers, offset, *flags)
+            got = real(fd, buffers, offset)
             read += got
             return got
 
-        monkeypatch.setattr(os, "preadv", counting)
+        monkeypatch.setattr(system, "preadv", counting)
         for cut, nbytes in (
             (tensor[:16], 16 * 64 * 4),
             (tensor[7], 64 * 4),

@@ -63,7 +63,7 @@ def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
 
 class TestHelp:
     @pytest.mark.parametrize(
-        "command", ["", "inspect", "plan", "convert", "verify", "explain", "synth", "formats", "families", "schemes", "demo"]
+        "command", ["", "inspect", "plan", "convert", "verify", "explain", "synth", "formats", "families", "schemes", "demo", "diff"]
     )
     @pytest.mark.parametrize("flag", ["--help", "-h"])
     def test_help(self, shell: Shell, command: str, flag: str) -> None:
@@ -236,10 +236,19 @@ class TestVerify:
         sw.convert(src, tmp_path / "out", to="ranks", layout=sw.Layout(tp=2), pad_vocab_to=2)
         return tmp_path / "out"
 
+    def test_bytes(self, shell: Shell, out: Path) -> None:
+        found = shell.json("verify", out)
+        assert found == {"level": "bytes", "tensors": 78, "equal": 78, "different": [], "missing": [], "extra": []}
+        assert "checksums that were recorded" in shell("verify", out)[1]
+
     def test_names(self, shell: Shell, out: Path) -> None:
+        """A target of an older version carries no checksums."""
+        said = json.loads((out / "shardwright.json").read_text())
+        del said["checksums"]
+        (out / "shardwright.json").write_text(json.dumps(said))
         found = shell.json("verify", out)
         assert found == {"level": "names", "tensors": 78, "equal": 0, "different": [], "missing": [], "extra": []}
-        assert "verified" in shell("verify", out)[1]
+        assert "no checksums are recorded" in shell("verify", out)[1]
 
     def test_values(self, shell: Shell, src: Path, out: Path) -> None:
         found = shell.json("verify", out, src, "--memory", "256MiB", "--workers", 1)
@@ -396,3 +405,8 @@ main(sys.argv[1:])
     assert json.loads(done.stdout)["error"]["type"] == "StoppedError"
     assert number.name in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_cannot_drive_the_terminal(shell: Shell, tmp_path: Path) -> None:
+    _, err = shell("inspect", tmp_path / "\x1b]0;owned\x07", code=3)
+    assert "\x1b" not in err and "\\x1b]0;owned\\x07" in err

@@ -46,7 +46,10 @@ def checksummed(root, **more):
     plan, arrays = split_plan(root, rows=64, width=8, layers=4, axis=1, step=8, **more)
     nbytes = 64 * 4 * 2
     crcs = [tuple(Crc(8 + n * nbytes, nbytes, (f.nbytes + 4 * n,)) for n in range(4)) for f in plan.target_files]
-    files = tuple(replace(f, nbytes=f.nbytes + 16, crcs=c) for f, c in zip(plan.target_files, crcs, strict=True))
+    files = tuple(
+        replace(f, nbytes=f.nbytes + 16, crcs=c, static=(*f.static, (f.nbytes, bytes(16))))
+        for f, c in zip(plan.target_files, crcs, strict=True)
+    )
     return replace(plan, target_files=files), arrays
 
 
@@ -139,21 +142,26 @@ def test_a_payload_that_is_too_large_is_refused(tmp_path):
 
 def test_a_receipt_is_small_and_carries_the_checksums(tmp_path):
     plan, _ = checksummed(tmp_path / "src")
+    from shardwright.executors.extents import Checksums
     from shardwright.executors.targets import TargetFiles
 
     targets = TargetFiles(tmp_path / "data", plan.target_files)
     targets.create()
+    checksums = Checksums(targets.files)
     for tile in range(len(plan.tiles)):
-        receipt, extents = run_tile(payload(plan, tile, fit_of(plan, 64, 1), "small", str(tmp_path / "data")))
-        assert len(pickle.dumps((receipt, extents))) <= RECEIPT_BYTES
+        receipt = run_tile(payload(plan, tile, fit_of(plan, 64, 1), "small", str(tmp_path / "data")))
+        assert len(pickle.dumps(receipt)) <= RECEIPT_BYTES
         # Strips are joined: one extent for each of the two targets.
-        assert len(extents) == 2 and receipt.bytes_written == 8 * 8 * 2
-        targets.checksums.absorb(extents)
-    targets.finish()
+        assert len(receipt.extents) == 2 and receipt.bytes_written == 8 * 8 * 2
+        checksums.absorb(receipt.extents)
+    for number in targets.files:
+        with targets.writing(number) as write:
+            for offset, patch in checksums.seal(number)[1]:
+                write(offset, memoryview(patch))
     targets.close()
     close("small")
     assert active("small") == 0
-    halt("small")
+    halt("small", False)
     with pytest.raises(RunError, match="stopped"):
         run_tile(payload(plan, 0, fit_of(plan, 64, 1), "small", str(tmp_path / "data")))
     assert compare(plan, tmp_path / "data", memory=ROOMY) == []

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shardwright.conversion import Conversion
 from shardwright.errors import PlanError, UsageError
 from shardwright.executors.execute import execute
 from shardwright.planner import _saved, codec
@@ -24,8 +25,8 @@ from shardwright.planner.formats import open_source
 from shardwright.planner.formats.base import Hints
 from shardwright.planner.layout import Layout
 from shardwright.planner.passes.build import build
-from shardwright.planner.passes.request import Request
 from shardwright.planner.plan import Plan
+from shardwright.planner.request import Request
 from shardwright.planner.store import LocalStore
 from tests.unit.tiny import tiny_llama
 
@@ -113,7 +114,7 @@ def test_file(plans: dict[str, Plan], tmp_path: Path) -> None:
     assert same(found.plan, plans["int8"]) and found.target_root == str(Path("some/out").absolute())
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
     with pytest.raises(UsageError, match="cannot be written"):
-        codec.save(plans["int8"], tmp_path / "absent" / "plan.json")
+        Conversion(plans["int8"]).save(tmp_path / "absent" / "plan.json")
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[1]", b"[" * 100_000, b'{"plan_format": NaN}', b'{"a": 1, "a": 2}', b"1" * 5000])
@@ -140,7 +141,8 @@ def _bomb(made: dict[str, Any]) -> None:
 
 
 CHANGES: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
-    ("plan_format", _set("plan_format", to=2)),
+    ("plan_format", _set("plan_format", to=1)),
+    ("plan_format", _set("plan_format", to=3)),
     ("plan_format", _set("plan_format", to=True)),
     ("plan_hash", _set("plan_hash", to="0" * 64)),
     ("plan_hash", _set("source_files", "mtime_ns", 0, to=12345)),

@@ -260,7 +260,7 @@ def test_a_scaling_that_args_cannot_say_is_a_warning(scaling):
         ({"num_query_groups": 7}, ConfigError, "do not divide"),
         ({"num_attention_heads": "24"}, ConfigError, "num_attention_heads"),
         ({"hidden_size": 96.5}, ConfigError, "hidden_size"),
-        ({"rotary_base": "x"}, ConfigError, "rope_theta must be a number"),
+        ({"rotary_base": "x"}, ConfigError, "rotary_base must be a number"),
         ({"window_size": 3}, ConfigError, "window_size"),
         ({"kv_channels": "8"}, ConfigError, "head_dim|kv_channels"),
     ],

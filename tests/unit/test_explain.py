@@ -16,9 +16,9 @@ from shardwright.planner.formats import open_source
 from shardwright.planner.formats.base import Hints
 from shardwright.planner.layout import Layout
 from shardwright.planner.passes.build import build
-from shardwright.planner.passes.request import Request
 from shardwright.planner.plan import Plan, TensorEntry
 from shardwright.planner.relations import Places, passages, sources_of
+from shardwright.planner.request import Request
 from shardwright.planner.store import LocalStore
 from shardwright.planner.tensor.dtypes import dtype as dtype_of
 from tests.unit.tiny import tiny_llama

@@ -16,8 +16,8 @@ from shardwright.planner.formats.base import Hints
 from shardwright.planner.layout import Layout
 from shardwright.planner.lineage import lineage
 from shardwright.planner.passes.build import build
-from shardwright.planner.passes.request import Request
 from shardwright.planner.plan import Plan
+from shardwright.planner.request import Request
 from shardwright.planner.store import LocalStore
 from tests.unit.tiny import tiny_llama
 

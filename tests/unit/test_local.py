@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from shardwright.errors import MemoryBoundError, RunError, StoppedError
-from shardwright.executors import local, targets
+from shardwright.executors import local, system
 from shardwright.executors.execute import execute
 from shardwright.executors.local import run
 from shardwright.executors.sources import SourceFiles
@@ -34,6 +34,10 @@ class CountingSink:
         self.error = error or RunError("injected")
         self.delay = delay
         self.lock = threading.Lock()
+        self.files = {}
+
+    def witnessed(self, number):
+        return False
 
     @contextmanager
     def writing(self, number):
@@ -48,14 +52,12 @@ class CountingSink:
             raise self.error
         time.sleep(self.delay)
 
-    def finish(self):
-        """Nothing."""
-
 
 def drive(plan, sink, *, strip=64, workers=3):
     sources = SourceFiles(plan.source_root, plan.source_files)
     try:
-        return run(plan, sources, sink, fit_of(plan, strip, workers))
+        tiles = range(len(plan.tiles))
+        return run(plan, sources, sink, fit_of(plan, strip, workers), tiles=tiles, finished=lambda tile, receipt: None)
     finally:
         sink.over = True
         sources.close()
@@ -98,20 +100,21 @@ def test_a_system_error_becomes_a_run_error(tmp_path):
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_names_the_file_and_can_be_resumed(tmp_path, monkeypatch):
     (tmp_path / "src").mkdir()
     plan, _ = split_plan(tmp_path / "src", rows=64, layers=4, step=4)
-    calls, real = iter(range(1000)), os.pwrite
+    calls, real = iter(range(1000)), system.pwrite
 
     def pwrite(fd, data, offset):
         if next(calls) > 20:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(fd, data, offset)
 
-    monkeypatch.setattr(targets.os, "pwrite", pwrite)
-    with pytest.raises(RunError, match=r"writing failed: No space left on device: file rank\d.bin. The disk is full"):
+    monkeypatch.setattr(system, "pwrite", pwrite)
+    with pytest.raises(RunError, match=r"writing failed: No space left on device: file rank\d.bin. The disk is full") as caught:
         execute(plan, tmp_path / "out", memory=ROOMY)
-    assert os.listdir(tmp_path) == ["src"]
+    assert caught.value.partial == str(tmp_path / "out.partial")
+    assert sorted(os.listdir(tmp_path)) == ["out.partial", "src"]
 
 
 def test_a_bug_is_raised_as_it_is(tmp_path):
@@ -151,16 +154,15 @@ STOPPABLE = """
     import sys, time
     from pathlib import Path
     from shardwright.errors import StoppedError
-    from shardwright.executors import targets
+    from shardwright.executors import system
     from shardwright.executors.execute import execute
     from tests.unit.hand_made import split_plan
-    import os
-    real = os.pwrite
+    real = system.pwrite
     def slow(fd, data, offset):
         print("writing", flush=True)
         time.sleep(0.02)
         return real(fd, data, offset)
-    targets.os.pwrite = slow
+    system.pwrite = slow
     root = Path(sys.argv[1])
     plan, _ = split_plan(root / "src", rows=256, layers=8, step=2)
     try:
@@ -175,12 +177,13 @@ STOPPABLE = """
 def test_a_signal_stops_the_run(tmp_path, number):
     (tmp_path / "src").mkdir()
     process = child(STOPPABLE, tmp_path)
-    assert process.stdout.readline() == "writing\n"
+    for _ in range(8):  # the first ones are headers
+        assert process.stdout.readline() == "writing\n"
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
     assert process.returncode == StoppedError.exit_code, err
     assert f"stopped by {number.name}" in out
-    assert os.listdir(tmp_path) == ["src"]
+    assert sorted(os.listdir(tmp_path)) == ["out.partial", "src"]
 
 
 MEASURED = """

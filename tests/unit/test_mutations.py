@@ -21,8 +21,8 @@ import shardwright as sw
 from shardwright.errors import PlanError, ReplicaMismatchError
 from shardwright.planner.passes.build import build
 from shardwright.planner.passes.check import check
-from shardwright.planner.passes.request import Request
 from shardwright.planner.plan import Bindings, Plan, Program, Tiles
+from shardwright.planner.request import Request
 from shardwright.planner.tensor.lazy import LazyTensor, concat
 from shardwright.planner.tensor.pieces import Piece, count
 from tests.unit import reference as ref

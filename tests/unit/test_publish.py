@@ -6,7 +6,7 @@ import os
 import pytest
 
 from shardwright.errors import DiskSpaceError, RunError, TargetError, TargetExistsError
-from shardwright.executors import publish
+from shardwright.executors import publish, system
 from shardwright.executors.execute import execute
 from shardwright.executors.publish import prepare
 from tests.unit.hand_made import split_plan
@@ -25,7 +25,7 @@ def tree(path):
 
 
 def test_a_run_leaves_out_and_nothing_else(tmp_path, plan):
-    outcome = execute(plan, tmp_path / "out", memory=ROOMY, plan_text="{}")
+    outcome = execute(plan, tmp_path / "out", memory=ROOMY)
     assert tree(tmp_path) == ["out", "out/rank0.bin", "out/rank1.bin", "src", "src/model.bin"]
     assert outcome.notes == () and outcome.bytes_written == 2 * 16 * 8 * 2 and outcome.seconds > 0
 
@@ -45,7 +45,8 @@ def test_overwriting_fails_before_publishing_and_the_old_target_stays(tmp_path, 
     out = tmp_path / "out"
     execute(plan, out, memory=ROOMY)
     (out / "mine").write_text("x")
-    monkeypatch.setattr(publish.os, "rename", lambda a, b: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    for call in ("rename", "exchange"):
+        monkeypatch.setattr(system, call, lambda a, b: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     with pytest.raises(RunError, match="publishing failed"):
         execute(plan, out, memory=ROOMY, overwrite=True)
     monkeypatch.undo()
@@ -101,11 +102,10 @@ def test_too_little_space_is_refused_with_figures(tmp_path, plan, monkeypatch):
 
 
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path, plan):
-    first = prepare(tmp_path / "out", plan)
-    with pytest.raises(TargetExistsError, match="another run"):
-        execute(plan, tmp_path / "out", memory=ROOMY)
-    assert first.data.is_dir()
-    first.discard()
+    with prepare(tmp_path / "out", plan) as first:
+        with pytest.raises(TargetExistsError, match="another run"):
+            execute(plan, tmp_path / "out", memory=ROOMY)
+        assert first.data.is_dir()
     execute(plan, tmp_path / "out", memory=ROOMY)
 
 
@@ -164,7 +164,12 @@ def test_checksums_are_patched_and_compared(tmp_path):
     plan, arrays = split_plan(tmp_path / "src", rows=64, axis=1, step=4)
     nbytes = 64 * 4 * 2
     files = tuple(
-        replace(f, nbytes=f.nbytes + 8, crcs=(Crc(8, nbytes, (f.nbytes,)), Crc(8 + nbytes, nbytes, (f.nbytes + 4,))))
+        replace(
+            f,
+            nbytes=f.nbytes + 8,
+            static=(*f.static, (f.nbytes, bytes(8))),
+            crcs=(Crc(8, nbytes, (f.nbytes,)), Crc(8 + nbytes, nbytes, (f.nbytes + 4,))),
+        )
         for f in plan.target_files
     )
     plan = replace(plan, target_files=files)
@@ -187,9 +192,8 @@ def test_checksums_are_patched_and_compared(tmp_path):
 
 
 def test_the_lock_is_a_flock(tmp_path, plan):
-    held = prepare(tmp_path / "out", plan)
-    fd = os.open(tmp_path / "out.partial" / "lock", os.O_RDWR)
-    with pytest.raises(BlockingIOError):
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(fd)
-    held.discard()
+    with prepare(tmp_path / "out", plan):
+        fd = os.open(tmp_path / "out.partial" / "lock", os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(fd)

@@ -1,6 +1,7 @@
 """Tiles: random layouts through any strip size equal numpy; the fast path equals the general one; what data contradicts is said."""
 
 from pathlib import Path
+from threading import Lock
 from unittest import mock
 
 import numpy as np
@@ -16,6 +17,7 @@ from shardwright.executors.execute import compare, execute, read_box
 from shardwright.executors.local import run
 from shardwright.executors.sources import SourceFiles
 from shardwright.executors.targets import TargetFiles
+from shardwright.executors.tile import Receipt
 from shardwright.planner.plan import Output, SourceFile, ValueOp
 from shardwright.planner.tensor.lazy import concat, fill, leaf
 from shardwright.planner.tensor.pieces import Piece
@@ -139,9 +141,14 @@ def convert(plan, root, case):
     sources, targets = SourceFiles(root, plan.source_files, limit=2), TargetFiles(root / "data", plan.target_files, limit=1)
     try:
         targets.create()
-        receipt = run(plan, sources, targets, fit_of(plan, case["strip"], case["workers"]))
-        targets.finish()
-        return receipt
+        total, lock = Receipt(), Lock()
+
+        def finished(tile, receipt):
+            with lock:
+                total.add(receipt)
+
+        run(plan, sources, targets, fit_of(plan, case["strip"], case["workers"]), tiles=range(len(plan.tiles)), finished=finished)
+        return total
     finally:
         sources.close()
         targets.close()
@@ -220,7 +227,7 @@ def copy_plan(root, shape=(8, 4), **more):
     data = np.arange(np.prod(shape), dtype=np.uint16).reshape(shape)
     maker = Maker(root)
     sources = [(maker.source(name, data.tobytes() + b"tail" * 100), 0) for name in ("a", "b")]
-    out = maker.target("out", data.nbytes + 400)
+    out = maker.target("out", data.nbytes)
     pieces = leaf(0, shape).pieces
     number = maker.program(copy_program("w", "bfloat16", shape, pieces, pieces, **more), [(sources, [(out, 0)])])
     maker.tiles(number, 0, step=3)
@@ -311,3 +318,12 @@ def test_ops_run_on_strips(tmp_path):
     assert raw[: 64 * 32] == payload.numpy().tobytes()
     assert raw[64 * 32 : 64 * 34] == scale.view(torch.int16).numpy().tobytes()
     assert raw[64 * 34 :] == weight.T.reshape(shape).float().numpy().tobytes()
+
+
+def test_a_pipe_in_the_place_of_a_source_is_refused_without_waiting(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    sources = SourceFiles(tmp_path, [sources_module.unchecked("pipe")])
+    with pytest.raises(RunError, match="not an ordinary file: file pipe"), sources.reading(0):
+        pass

@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 MAX_RANK = 64
+MAX_KEY = 8
+"""Items of a tuple that is a key: what it costs to tell apart two whose hashes were made to collide."""
 
 
 class Malformed(ValueError):
@@ -116,12 +118,13 @@ def _hashable(value: Any) -> bool:
 
 
 def _dims(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or len(value) > MAX_RANK:
+    # A tuple, not a `TorchSize`: that would be copied for every tensor, and torch does not write it here.
+    if type(value) is not tuple or len(value) > MAX_RANK:
         raise Malformed("a tensor's size or stride is not a tuple of dimensions")
     for extent in value:
         if type(extent) is not int or not 0 <= extent < 1 << 63:
             raise Malformed("a tensor's size or stride is not made of non-negative 63-bit integers")
-    return tuple(value)
+    return value
 
 
 def _tensor(place: tuple[Any, ...], dtype: str | None, bits: Any) -> RawTensor | Refused:
@@ -163,7 +166,7 @@ def _rebuild_from_type(_: Global, args: tuple[Any, ...]) -> RawTensor | Refused:
         raise Malformed("a tensor subclass is rebuilt from something else than (function, type, arguments, state)")
     func, kind, inner, _state = args
     if f"{kind.module}.{kind.name}" not in _PLAIN_TENSORS:
-        return Refused(f"a tensor subclass ({kind.module}.{kind.name})")
+        return Refused(f"a tensor subclass ({kind.module}.{kind.name})"[:200])
     tensor = func.build(func, inner)
     if type(tensor) not in (RawTensor, Refused):
         raise Malformed("a tensor subclass is rebuilt from something that is no tensor")
@@ -262,7 +265,7 @@ def key(value: Any) -> Any:
     """`value`, if it may be a key: cheap to hash whatever the file says."""
     if _hashable(value) or type(value) is Stand:
         return value
-    if isinstance(value, tuple) and len(value) <= MAX_RANK and all(_hashable(v) for v in value):
+    if isinstance(value, tuple) and len(value) <= MAX_KEY and all(_hashable(v) for v in value):
         return value
     raise Malformed(f"a {type(value).__name__} is used as a key")
 
@@ -346,6 +349,8 @@ _BUILDERS: dict[str, Callable[[Global, tuple[Any, ...]], Any]] = {
 }
 _FRAMEWORKS = ("megatron", "transformer_engine", "torch._C", "torch.nn.functional", "deepspeed", "apex", "nemo", "numpy.dtypes")
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "_io": "io"}
+_OLD_NAMES = {"__builtin__.long": "int", "__builtin__.unicode": "str"}
+"""Protocol 2, torch's default, spells two built-in types as Python 2 did."""
 
 
 def _known() -> dict[str, Any]:
@@ -365,6 +370,7 @@ _KNOWN = _known()
 
 def find(module: str, name: str, file: str) -> Any:
     """What stands for ``module.name``; nothing is imported."""
+    name = _OLD_NAMES.get(f"{module}.{name}", name)
     module = _OLD_MODULES.get(module, module)
     full = f"{module}.{name}"
     if (found := _KNOWN.get(full)) is not None:

@@ -3,7 +3,8 @@
 1. The value is walked depth first, in the file's own order, and copied: containers as themselves, stand-ins as
    `Namespace`, `Inert` or Python scalars, each tensor as `TensorRef` under its path's keys joined with ``.``.
 2. Each tensor is handed to `place`, which checks it against the file, under that name.
-3. Depth and number of visits are bounded: a pickle may share and contain itself, a tree does not.
+3. Depth, number of visits and the memory that the copy takes are bounded: a pickle may share and contain itself, a tree
+   does not.
 
 Boundary: pure, no IO.
 """
@@ -11,6 +12,7 @@ Boundary: pure, no IO.
 from __future__ import annotations
 
 import struct
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -26,6 +28,10 @@ MAX_DEPTH = 128
 MAX_NAME = 4096
 """Characters of a tensor's name; longer prefixes repeated under many keys would add up to gigabytes."""
 MAX_VISITS = 1 << 25
+_PER_BYTE, _ALLOWANCE = 64, 1 << 20
+"""Bytes that the tree may take: so many for each byte of the pickle, and so many more. An honest tree shares little."""
+_TENSOR = 400
+"""Bytes that a tensor takes here and with whoever places it, its name aside; in a pickle it takes at least 40."""
 
 _LEAVES = frozenset({str, int, float, complex, bool, bytes, bytearray, type(None), TorchDtype, TorchSize})
 _NAMESPACES = ("argparse.Namespace", "types.SimpleNamespace")
@@ -47,7 +53,7 @@ def grow(value: Any, place: Callable[[RawTensor, str], None], *, file: str, nbyt
         A sparse, quantised, nested or subclassed tensor.
     """
     try:
-        return _Walk(place, file, min(4 * nbytes + 1000, MAX_VISITS)).visit(value, None, 0)
+        return _Walk(place, file, nbytes).visit(value, None, 0)
     except ShardwrightError:
         raise
     except MALFORMED as error:
@@ -55,10 +61,11 @@ def grow(value: Any, place: Callable[[RawTensor, str], None], *, file: str, nbyt
 
 
 class _Walk:
-    def __init__(self, place: Callable[[RawTensor, str], None], file: str, visits: int) -> None:
+    def __init__(self, place: Callable[[RawTensor, str], None], file: str, nbytes: int) -> None:
         self.place = place
         self.file = file
-        self.visits = visits
+        self.visits = min(4 * nbytes + 1000, MAX_VISITS)
+        self.room = _PER_BYTE * nbytes + _ALLOWANCE
         self.handlers: dict[type, Callable[[Any, str | None, int], Any]] = {
             dict: self._dict,
             Ordered: self._ordered,
@@ -82,7 +89,14 @@ class _Walk:
             raise ContainerError(
                 "data.pkl nests too deeply, contains itself or shares its parts too often", file=self.file, expected=f"{MAX_DEPTH} levels"
             )
-        return self.handlers[kind](value, path, depth + 1)
+        made = self.handlers[kind](value, path, depth + 1)
+        self.spend(sys.getsizeof(made))
+        return made
+
+    def spend(self, nbytes: int) -> None:
+        self.room -= nbytes
+        if self.room < 0:
+            raise ContainerError("data.pkl shares its parts so often that its tree would take much memory", file=self.file)
 
     def child(self, value: Any, path: str | None, key: Any, depth: int) -> Any:
         if type(value) in _LEAVES:
@@ -149,6 +163,7 @@ class _Walk:
         name = "" if path is None else path
         if not name.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in name):
             raise ContainerError("a tensor's name is not text", file=self.file, tensor=ascii(name))
+        self.spend(_TENSOR + len(name))
         self.place(value, name)
         return TensorRef(name)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import sys
 from collections.abc import Callable
 from itertools import repeat
 from typing import Any
@@ -29,13 +30,14 @@ MAX_STEPS = 1 << 24
 """Opcodes; a tensor takes about 35, so this is some 400,000 tensors in one file."""
 MAX_ODD_KEYS = 4096
 """Tuples as keys. Unlike strings, their hashes can be made to collide on purpose."""
-MAX_NAME = 1024
+MAX_NAME = 256
 """Characters of a global's module and of its name."""
 
 MALFORMED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError, struct.error)
 """What interpreting hostile bytes may raise; callers turn it into `ContainerError`."""
 
-_ALLOWANCE = 1 << 16
+_PER_BYTE, _ALLOWANCE = 64, 1 << 16
+"""Bytes that calls and empty sets may take: so many for each byte of the pickle, and so many more. No honest value takes as many."""
 _SIZED = frozenset({str, bytes, bytearray, list, tuple, dict, set, frozenset, Ordered})
 
 
@@ -106,18 +108,16 @@ class _Machine:
     def call(self, func: Any, args: Any) -> None:
         if type(func) is not Global or type(args) is not tuple:
             raise Malformed(f"a {type(func).__name__} is called")
+        made = func.build(func, args)
         if args and func.build is not rebuild_tensor:
-            self._charge(args)
-        self.stack.append(func.build(func, args))
-
-    def _charge(self, args: tuple[Any, ...]) -> None:
-        # A builder may copy its arguments: a long one that is memoised once must not be copied a million times.
-        self.spend(sum(len(a) for a in (args, *args) if type(a) in _SIZED and len(a) > 64))
+            # A builder may copy its arguments: what is memoised once must not be copied a million times.
+            self.spend(sys.getsizeof(made) + sum(len(a) for a in (args, *args) if type(a) in _SIZED and len(a) > 64))
+        self.stack.append(made)
 
     def spend(self, nbytes: int) -> None:
         """Count memory that a few opcodes can ask for out of proportion to their own length."""
         self.spent += nbytes
-        if self.spent > 4 * len(self.data) + _ALLOWANCE:
+        if self.spent > _PER_BYTE * len(self.data) + _ALLOWANCE:
             raise Malformed("a few bytes ask for much memory, over and over")
 
     def key(self, value: Any) -> Any:

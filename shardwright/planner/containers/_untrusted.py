@@ -11,11 +11,13 @@ import json
 from collections import Counter
 from typing import Any
 
-from ...errors import ContainerError
+from ...errors import ContainerError, short
 
 __all__ = ["STRICT", "count_elements", "object_of", "parse_json"]
 
 _MAX_COUNT = 2**63 - 1
+_MAX_RANK = 64
+"""What torch and numpy allow; a tensor of a million axes would cost every later step."""
 
 
 class _DuplicateKeyError(ValueError):
@@ -56,7 +58,7 @@ def parse_json(data: bytes, *, file: str, what: str, remedy: str | None = None) 
         if "\\u" in text:
             _reject_lone_surrogates(found)
     except _DuplicateKeyError as error:
-        raise ContainerError(f"the {what} gives the key {error.key!r} twice", file=file) from None
+        raise ContainerError(f"the {what} gives the key {short(error.key)} twice", file=file) from None
     except RecursionError:
         raise ContainerError(f"the {what} is nested too deeply to be genuine", file=file, remedy=remedy) from None
     except ValueError as error:
@@ -74,12 +76,12 @@ def object_of(value: object, *, file: str, tensor: str | None, what: str) -> dic
 
 
 def count_elements(shape: object) -> int:
-    """Elements of a shape out of JSON, or -1 where it is no list of whole numbers, or their product passes 63 bits.
+    """Elements of a shape out of JSON, or -1 where it is no list of at most 64 whole numbers, or their product passes 63 bits.
 
-    >>> count_elements([2, 3]), count_elements([]), count_elements([True]), count_elements([2**62, 4])
-    (6, 1, -1, -1)
+    >>> count_elements([2, 3]), count_elements([]), count_elements([True]), count_elements([2**62, 4]), count_elements([1] * 65)
+    (6, 1, -1, -1, -1)
     """
-    if type(shape) is not list:
+    if type(shape) is not list or len(shape) > _MAX_RANK:
         return -1
     count = 1
     for extent in shape:
@@ -98,7 +100,7 @@ def _reject_lone_surrogates(value: object) -> None:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{text!r} holds half of a surrogate pair") from None
+            raise ValueError(f"{short(text)} holds half of a surrogate pair") from None
 
 
 def _strings(value: object) -> list[str]:

@@ -85,6 +85,8 @@ def read_directory(store: Store, path: str) -> Directory:
         entries = _entries(raw, path)
     except struct.error:
         raise ContainerError("the zip directory ends in the middle of an entry", file=path) from None
+    if not entries:
+        raise ContainerError("the zip archive is empty", file=path)
     if len(entries) != count:
         raise ContainerError("the zip directory lacks or repeats entries", file=path, expected=count, actual=len(entries))
     begins = _data_offsets(store, path, entries, start)
@@ -123,6 +125,11 @@ def _find_directory(store: Store, path: str, size: int) -> tuple[int, int, int]:
         raise ContainerError("the zip archive is split over several files", file=path)
     if start + nbytes > trailer:
         raise ContainerError("the zip directory lies outside the file", file=path, expected=f"<= {trailer}", actual=start + nbytes)
+    if start + nbytes < trailer:
+        # Readers that allow for something before the archive would take all offsets to begin that much later.
+        raise ContainerError(
+            "the zip directory does not end where its end record begins", file=path, expected=trailer, actual=start + nbytes
+        )
     return start, nbytes, count
 
 

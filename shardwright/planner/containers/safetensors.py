@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring
 from typing import Any, TypeAlias
 
-from ...errors import ContainerError, UnsupportedError, UsageError
+from ...errors import ContainerError, UnsupportedError, UsageError, short
 from ..store import Store
 from ..tensor.dtypes import BY_TAG, TAG_ORDER, DType, dtype
 from ._untrusted import STRICT, count_elements, object_of, parse_json
@@ -184,7 +184,7 @@ def _read_metadata(found: object, path: str) -> dict[str, str]:
     metadata = object_of(found, file=path, tensor=None, what=_METADATA)
     for key, value in metadata.items():
         if type(value) is not str:
-            raise ContainerError(f"{_METADATA} maps {key!r} to something that is not text", file=path, actual=type(value).__name__)
+            raise ContainerError(f"{_METADATA} maps {short(key)} to something that is not text", file=path, actual=type(value).__name__)
     return metadata
 
 
@@ -240,7 +240,7 @@ def _fault(name: str, entry: object, path: str) -> ContainerError:
     if not isinstance(tag, str) or tag not in BY_TAG:
         return error("an unknown dtype", f"one of {', '.join(BY_TAG)}", _short(tag))
     if count_elements(shape) < 0:
-        return error("a malformed shape", "whole numbers whose product is below 2**63", _short(shape))
+        return error("a malformed shape", "at most 64 whole numbers whose product is below 2**63", _short(shape))
     if type(offsets) is not list or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
         return error("malformed data_offsets", "two whole numbers", _short(offsets))
     return _size_fault(error(""), BY_TAG[tag], shape, offsets)

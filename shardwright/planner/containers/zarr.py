@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import ContainerError, UnsupportedError, UsageError
+from ...errors import ContainerError, UnsupportedError, UsageError, short
 from ..store import Store
 from ..tensor.dtypes import ALIASES, BY_NAME, DType, dtype
 from ._untrusted import count_elements, object_of, parse_json
@@ -44,6 +44,8 @@ INNER_MIN, INNER_MAX = 16 << 20, 64 << 20
 """Bytes of an inner chunk of a larger one."""
 
 _MAX_DOCUMENT = 256 << 20
+_MAX_INDEX = 4 << 20
+"""Bytes of a shard's index; more than 200,000 inner chunks, where this module's own writer needs 1,000 for 64 GiB."""
 _MAX_NAME_BYTES = 255
 _ABSENT = 2**64 - 1
 _ENTRY_BYTES = 16
@@ -360,7 +362,7 @@ def _check_known(node: _Node) -> None:
     for key, value in node.doc.items():
         optional = isinstance(value, dict) and value.get("must_understand") is False
         if key not in _NODE_KEYS and not optional:
-            raise node.refused(f"an extension of zarr v3 that must be understood, {key!r}")
+            raise node.refused(f"an extension of zarr v3 that must be understood, {short(key)}")
     if node.doc.get("storage_transformers"):
         raise node.refused("storage transformers", actual=node.doc["storage_transformers"])
 
@@ -430,6 +432,8 @@ def _read_shard(
     at_start = sharding.get("index_location", "end") == "start"
     if size < length + nbytes:  # bounds what the index and its numbers below may claim
         raise _wrong_size(node, file, length + chunks * nbytes, size)
+    if length > _MAX_INDEX:
+        raise node.refused("a shard of very many inner chunks", expected=f"an index of at most {_MAX_INDEX} bytes", actual=length)
     index = store.read(file, 0 if at_start else size - length, length)
     if checked and _crc32c(index[:-_CRC_BYTES]) != int.from_bytes(index[-_CRC_BYTES:], "little"):
         raise node.broken(f"the shard index of {file} contradicts its checksum", remedy="Copy the file again")

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Protocol
 
+from ...errors import CheckpointError
 from ..config import ModelConfig
 from ..containers.base import TensorSpec
 from ..layout import Layout
@@ -85,8 +86,36 @@ class Source:
 
     @cached_property
     def hub(self) -> Mapping[str, tuple[int, ...]]:
-        """Every hub tensor of the model, with its shape."""
-        return hub_tensors(self.family, self.config)
+        """Every hub tensor of the model, with its shape.
+
+        Raises
+        ------
+        CheckpointError
+            The config has more layers or tensors than the files can hold: it would list what cannot be there.
+        """
+        layers, stored = self.config["num_hidden_layers"], sum(map(len, self.units.values()))
+        if layers > stored:
+            raise CheckpointError(
+                "the config has more layers than the checkpoint has tensors",
+                file=self.store.root,
+                expected=f"{layers} layers",
+                actual=f"{stored} tensors",
+                remedy="Copy the checkpoint again, or give the config.json that belongs to it (--config)",
+            )
+        return hub_tensors(self.family, self.config, most=self._most_tensors())
+
+    def _most_tensors(self) -> int:
+        """Far more hub tensors than lie in what is stored: of those that are merely missing, the name is worth more than this."""
+        rows = [row for row in (self.family.rows if self.dialect.rows is None else self.dialect.rows) if self.spec in row.names]
+        each = max(_MOST_PER_STORED, *(len(row.hub) for row in rows), 0)
+        if not any(row.experts == "stack" for row in rows):
+            return each * sum(map(len, self.units.values()))
+        # A stack has one of each per expert.
+        stored = (tensor.shape for unit in self.units.values() for tensor in unit.values())
+        return each * sum(max(1, shape[0]) if len(shape) > 1 else 1 for shape in stored)
+
+
+_MOST_PER_STORED = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ...errors import CheckpointError, ConfigError, UnsupportedError
-from ..config import ModelConfig, family_of, from_huggingface
+from ...errors import CheckpointError, ConfigError, UnsupportedError, short
+from ..config import ModelConfig, family_of, from_huggingface, valid
 from ..containers import CONTAINERS
 from ..containers.base import ContainerIndex
-from ..identity import named_in, read_object
+from ..identity import FILE_NAME, named_in, read_object
 from ..schemes import SCHEMES, Scheme
 from ..store import Store
 from ..tables import FAMILIES, Dialect, Family, specs_of
@@ -45,7 +45,7 @@ def settle(
         config = from_huggingface(raw, family, config_path)
     elif identity is not None:
         family = hints.family or named_in(identity, "family", FAMILIES)
-        config = ModelConfig(family.name, _identity_fields(identity, family))
+        config = ModelConfig(family.name, valid(_identity_fields(identity, family), FILE_NAME))
     else:
         return None
     if hints.vocab_size is not None:
@@ -64,7 +64,7 @@ def _identity_fields(identity: Mapping[str, Any], family: Family) -> dict[str, A
     fields: dict[str, Any] = identity["config"]
     for rule in family.config:
         if rule.name not in fields:
-            raise ConfigError(f"shardwright.json has no config field {rule.name!r}", file="shardwright.json")
+            raise ConfigError(f"shardwright.json has no config field {rule.name!r}", file=FILE_NAME)
     return fields
 
 
@@ -79,10 +79,14 @@ def scheme_of(raw: Mapping[str, Any] | None, file: str) -> Scheme | None:
     config = (raw or {}).get("quantization_config")
     if not config:
         return None
+    if not isinstance(config, dict):
+        raise ConfigError("quantization_config must be an object", file=file, actual=short(config))
     for scheme in SCHEMES:
         if scheme.recognises(config):
             return scheme
-    raise UnsupportedError("the checkpoint is quantised in a way that no scheme here reads", file=file, actual=config.get("quant_method"))
+    raise UnsupportedError(
+        "the checkpoint is quantised in a way that no scheme here reads", file=file, actual=short(config.get("quant_method"))
+    )
 
 
 _CHUNK = re.compile(r"model\d+\.")

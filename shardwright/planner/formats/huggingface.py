@@ -18,7 +18,7 @@ from json.encoder import encode_basestring_ascii
 from math import prod
 from typing import Any
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, UnsupportedError
 from ..containers.base import StoredTensor, TensorSpec
 from ..identity import read_identity, read_object
 from ..layout import Layout
@@ -123,6 +123,7 @@ def _read(
     weight_map = None if index is None else _weight_map(index, entry)
     tensors: dict[str, StoredTensor] = {}
     dropped: list[Dropped] = []
+    copies: set[tuple[str, str]] = set()
     for path in sorted(set(weight_map.values())) if weight_map is not None else [entry]:
         if not store.exists(path):
             raise CheckpointError(f"{entry} names a file that is not there", file=path, remedy="Download it")
@@ -131,6 +132,7 @@ def _read(
         for name, tensor in found.tensors.items():
             if name in tensors:
                 _same(store, tensors[name], tensor)
+                copies.add((path, name))
                 dropped.append(Dropped(f"{path}: {name}", f"an identical copy of the one in {tensors[name].file}"))
             elif weight_map is not None and name not in weight_map:
                 raise CheckpointError(
@@ -139,7 +141,7 @@ def _read(
             else:
                 tensors[name] = tensor
     for name, path in (weight_map or {}).items():
-        if name not in tensors or (tensors[name].file != path and not any(d.name == f"{path}: {name}" for d in dropped)):
+        if name not in tensors or (tensors[name].file != path and (path, name) not in copies):
             raise CheckpointError(
                 f"{entry} names a tensor that its file does not hold", tensor=name, file=path, remedy="One of them is stale: copy both"
             )
@@ -155,7 +157,11 @@ def _weight_map(index: Mapping[str, Any], entry: str) -> dict[str, str]:
 
 def _same(store: Store, one: StoredTensor, two: StoredTensor) -> None:
     """Two files hold one key: equal bytes, or refused."""
-    equal = (one.dtype, one.shape) == (two.dtype, two.shape)
+    equal = (one.dtype, one.shape, one.strides) == (two.dtype, two.shape, two.strides)
+    if equal and one.strides is not None:
+        raise UnsupportedError(
+            "two files hold one tensor as a strided view", tensor=one.name, file=two.file, remedy="Remove the stale file"
+        )
     size = stored_bytes(one)
     for at in range(0, size if equal else 0, _COMPARE):
         step = min(_COMPARE, size - at)

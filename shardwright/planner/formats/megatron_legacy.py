@@ -16,12 +16,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ...errors import CheckpointError, ConfigError, UnsupportedError
+from ...errors import CheckpointError, ConfigError, UnsupportedError, short
 from ..config import ModelConfig
 from ..containers.base import StoredTensor, TensorSpec
 from ..containers.torch_zip import Namespace, TensorRef, TorchDtype
 from ..identity import read_identity
-from ..layout import Layout
+from ..layout import MOST_LAYERS, Layout
 from ..megatron_args import from_megatron, to_megatron
 from ..passes.sides import check_units
 from ..plan import Dropped
@@ -34,7 +34,7 @@ __all__ = ["MegatronLegacy"]
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _RANK = re.compile(r"(?:(release|iter_\d{7,})/)?mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?/model_optim_rng\.pt$")
-_MODEL = re.compile(r"model(\d*)$")
+_MODEL = re.compile(r"model(\d{0,9})$")
 
 
 class MegatronLegacy:
@@ -121,7 +121,9 @@ def _files(store: Store) -> dict[tuple[int, ...], str]:
     found: dict[str, dict[tuple[int, ...], str]] = {}
     for path in store.list():
         if match := _RANK.match(path):
-            found.setdefault(match[1] or "", {})[tuple(int(n) for n in match.groups()[1:] if n is not None)] = path
+            ranks = found.setdefault(match[1] or "", {})
+            if ranks.setdefault(tuple(int(n) for n in match.groups()[1:] if n is not None), path) != path:
+                raise CheckpointError("two files are of one rank", file=path, remedy="Remove the stale one")
     if store.exists(TRACKER):
         text = store.read(TRACKER, 0, min(store.stat(TRACKER).nbytes, 64)).decode("ascii", "replace").strip()
         folder = text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else ""
@@ -148,7 +150,7 @@ def _layout(
     """Sizes from args, else from the identity file, else from names that are not ambiguous."""
     file = next(iter(paths.values()))
     if "tensor_model_parallel_size" in arguments:
-        return _layout_of(arguments, objects, file)
+        return _layout_of(arguments, objects, file, len(paths))
     if identity is not None:
         return Layout.from_json(identity["layout"])
     widths = {len(key) for key in paths}
@@ -157,11 +159,19 @@ def _layout(
     raise CheckpointError("the file has no args, and its folder's name could mean pipeline or expert rank", file=file)
 
 
-def _layout_of(arguments: Mapping[str, Any], objects: Mapping[str, Any], file: str) -> Layout:
+def _layout_of(arguments: Mapping[str, Any], objects: Mapping[str, Any], file: str, files: int) -> Layout:
     def size(name: str) -> int:
         value = arguments.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise CheckpointError(f"args.{name} is no size", file=file, actual=repr(value))
+            raise CheckpointError(f"args.{name} is no size", file=file, actual=short(value))
+        if (value or 1) > files:
+            raise CheckpointError(
+                f"args.{name} says more ranks than there are files",
+                file=file,
+                expected=short(value),
+                actual=f"{files} rank files",
+                remedy="Copy the missing ranks' files here",
+            )
         return value or 1
 
     tp, pp, ep = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size"), size("expert_model_parallel_size")
@@ -183,9 +193,12 @@ def _stages(arguments: Mapping[str, Any], pp: int, vpp: int, file: str) -> tuple
     first, last = arguments.get("decoder_first_pipeline_num_layers"), arguments.get("decoder_last_pipeline_num_layers")
     if first is None and last is None:
         return None
+    for size in (arguments.get("num_layers"), 0 if first is None else first, 0 if last is None else last):
+        if not isinstance(size, int) or not 0 <= size <= MOST_LAYERS:
+            raise CheckpointError("args do not say how many layers a stage has", file=file, actual=short(size))
     middle = pp - (first is not None) - (last is not None)
     rest = arguments["num_layers"] - (first or 0) - (last or 0)
-    if middle and rest % middle:
+    if middle < 0 or rest < 0 or (middle and rest % middle):
         raise CheckpointError(
             "the layers between the first and last stage do not divide", file=file, expected=f"a multiple of {middle}", actual=rest
         )
@@ -197,12 +210,14 @@ def _stages(arguments: Mapping[str, Any], pp: int, vpp: int, file: str) -> tuple
 
 def _parse_stages(text: Any, file: str) -> tuple[int, ...]:
     """``"Et*3|t*4|tttL"`` → ``(3, 4, 3)``: layers per chunk, in Megatron's order."""
-    pattern = re.compile(r"E?((?:t(?:\*\d+)?)*)L?$")
+    if not isinstance(text, str):
+        raise UnsupportedError("this pipeline layout is not read", file=file, actual=short(text))
+    pattern = re.compile(r"E?((?:t(?:\*\d{1,7})?)*)L?$")
     sizes = []
-    for stage in str(text).replace(",", "").replace(" ", "").split("|"):
+    for stage in text.replace(",", "").replace(" ", "").split("|"):
         match = pattern.match(stage)
         if match is None:
-            raise UnsupportedError("this pipeline layout is not read", file=file, actual=text)
+            raise UnsupportedError("this pipeline layout is not read", file=file, actual=short(text))
         sizes.append(sum(int(n or 1) for n in re.findall(r"t(?:\*(\d+))?", match[1])))
     return tuple(sizes)
 
@@ -250,7 +265,7 @@ def _dialect(names: Iterable[str], objects: Mapping[str, Any], file: str) -> Dia
     version = objects.get("checkpoint_version", 0)
     if not isinstance(version, int | float) or version < 2:
         raise UnsupportedError(
-            "checkpoint versions below 2.0 order QKV rows differently and are not read", file=file, expected=">= 2.0", actual=version
+            "checkpoint versions below 2.0 order QKV rows differently and are not read", file=file, expected=">= 2.0", actual=short(version)
         )
     return DIALECTS.get("megatron-nested")
 

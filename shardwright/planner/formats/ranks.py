@@ -27,7 +27,7 @@ from .common import carried, missing_config, read_unit, scheme_of, settle, stage
 __all__ = ["Ranks"]
 
 _NAME = re.compile(r"rank_(\d{5,})_tp(\d+)_pp(\d+)(?:_ep(\d+))?(\.\w+)?$")
-_CHUNK = re.compile(r"model(\d+)\.(.*)$", re.DOTALL)
+_CHUNK = re.compile(r"model(\d{1,9})\.(.*)$", re.DOTALL)
 
 
 class Ranks:

@@ -11,11 +11,13 @@ from typing import Any
 
 from ...errors import LayoutError
 from ..tensor.lazy import LazyTensor, concat
+from ._parts import parts_of
 
 
 def gate_up(parts: Sequence[LazyTensor], fields: Mapping[str, Any]) -> LazyTensor:
     """``[gate, up]``, each ``[F, …]``, as one ``[2·F, …]`` whose T equal row blocks are the ranks' tensors."""
     tp = fields["tp"]
+    parts_of(parts, 2, 1, "gate_up")
     rows, rest = parts[0].shape[0], parts[0].shape[1:]
     if rows % tp:
         raise LayoutError(f"tp {tp} does not divide the feed-forward rows", expected=f"a multiple of {tp}", actual=rows)

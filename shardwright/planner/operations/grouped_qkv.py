@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..tensor.lazy import LazyTensor, concat
+from ._parts import groups_of, parts_of
 
 
 def grouped_qkv(parts: Sequence[LazyTensor], fields: Mapping[str, Any]) -> LazyTensor:
     """``[q, k, v]``, each ``[heads·D, …]``, as one ``[(heads + 2·groups)·D, …]``."""
-    groups = fields["num_key_value_heads"]
+    parts_of(parts, 3, 1, "grouped_qkv")
+    groups = groups_of(fields, "num_key_value_heads")
     rest = parts[0].shape[1:]
     fused = concat([p.reshape(groups, p.shape[0] // groups, *rest) for p in parts], axis=1)
     return fused.reshape(fused.shape[0] * fused.shape[1], *rest)

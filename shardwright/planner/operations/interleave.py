@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..tensor.lazy import LazyTensor, stack
+from ._parts import parts_of
 
 
 def interleave(parts: Sequence[LazyTensor], fields: Mapping[str, Any]) -> LazyTensor:
     """n parts, each ``[F, …]``, as one ``[n·F, …]``."""
+    parts_of(parts, len(parts), 1, "interleave")
     rows, rest = parts[0].shape[0], parts[0].shape[1:]
     return stack(parts, axis=1).reshape(len(parts) * rows, *rest)

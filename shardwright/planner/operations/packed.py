@@ -11,12 +11,13 @@ from typing import Any
 
 from ...errors import LayoutError
 from ..tensor.lazy import LazyTensor, concat
+from ._parts import parts_of
 
 
 def packed(parts: Sequence[LazyTensor], fields: Mapping[str, Any]) -> LazyTensor:
     """Parts ``[F₁, …], [F₂, …], …`` as one ``[F₁ + F₂ + …, …]`` whose T equal row blocks are the ranks' tensors."""
     tp = fields["tp"]
-    for part in parts:
+    for part in parts_of(parts, len(parts), 1, "packed"):
         if part.shape[0] % tp:
             raise LayoutError(f"tp {tp} does not divide a fused part's rows", expected=f"a multiple of {tp}", actual=part.shape[0])
     fused = concat([p.reshape(tp, p.shape[0] // tp, *p.shape[1:]) for p in parts], axis=1)

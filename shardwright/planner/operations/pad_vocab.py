@@ -11,11 +11,12 @@ from typing import Any
 
 from ...errors import LayoutError
 from ..tensor.lazy import LazyTensor
+from ._parts import parts_of
 
 
 def pad_vocab(parts: Sequence[LazyTensor], fields: Mapping[str, Any]) -> LazyTensor:
     """``[V, …]`` as ``[padded_vocab_size, …]``, the new rows zero."""
-    (table,) = parts
+    (table,) = parts_of(parts, 1, 1, "pad_vocab")
     padded = fields["padded_vocab_size"]
     if padded < table.shape[0]:
         raise LayoutError("the padded vocabulary is smaller than the true one", expected=f"at least {table.shape[0]} rows", actual=padded)

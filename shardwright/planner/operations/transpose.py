@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..tensor.lazy import LazyTensor
+from ._parts import parts_of
 
 
 def transpose(parts: Sequence[LazyTensor], fields: Mapping[str, Any]) -> LazyTensor:
     """``[out, in]`` as ``[in, out]``."""
-    (matrix,) = parts
+    (matrix,) = parts_of(parts, 1, 2, "transpose")
     return matrix.T

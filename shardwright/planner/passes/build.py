@@ -25,12 +25,13 @@ from ..containers.base import Container, UnitLayout
 from ..formats import FORMATS
 from ..formats.base import Filing, Source, Target, Unit
 from ..plan import Dropped, Plan, SourceFile, TargetFile, TensorEntry
+from ..request import Request
 from ..tables import Ignore
 from ..tensor.dtypes import dtype as dtype_of
 from .check import check
 from .identify import with_identity
 from .lower import Lowered, lower
-from .request import Cast, Request, Words, casts, settle_words
+from .request import Cast, Words, casts, settle_words
 from .rows import expand
 from .sides import SourceSide, TargetSide, place, resolve, targets, without_scales
 from .tiling import TILE_BYTES, choose_cuts, tile

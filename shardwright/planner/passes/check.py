@@ -9,8 +9,8 @@
 4. Per pivot tensor: its tile boxes cover it once.
 5. Every source tensor is read, or listed in `dropped`. Copies that are trusted need not be read whole.
 
-Coverage is decided exactly on aligned boxes, which are products of per-axis index sets: two are disjoint if and only if
-they are on some axis. Boundary: reads the plan only; nothing is trusted but the plan's own numbers.
+Coverage is decided exactly on aligned boxes, which are products of per-axis index sets (`disjoint`), in a number of steps
+in proportion to the plan. Boundary: reads the plan only; nothing is trusted but the plan's own numbers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ from ...errors import PlanError
 from ..plan import Ints, Output, Plan, Program, TensorEntry
 from ..tensor.pieces import FILL, Box, Piece, align, count
 from .alike import Columns, alike
+from .disjoint import Allowance, clash
 
 __all__ = ["check"]
+
+_FREE_STEPS = 200_000
+_STEPS_PER_PART = 64
 
 Shape = tuple[int, ...]
 
@@ -39,28 +43,38 @@ def check(plan: Plan) -> None:
     PlanError
         Names the program, tensor or file, and what is uncovered or covered twice.
     """
+    allowance = Allowance(_FREE_STEPS + _STEPS_PER_PART * _parts(plan))
     for program in plan.programs:
-        covers(_boxes(program.gather, program.shape, program.label), program.shape, f"gather of {program.label}")
+        covers(_boxes(program.gather, program.shape, program.label, allowance), program.shape, f"gather of {program.label}", allowance)
         for replica in program.replicas:
-            _disjoint(_boxes(replica, program.shape, program.label), f"replica of {program.label}")
+            _disjoint(_boxes(replica, program.shape, program.label, allowance), f"replica of {program.label}", allowance)
         for output in program.outputs:
-            _reaches_targets(output, program.label)
-    _check_sources(plan)
+            _reaches_targets(output, program.label, allowance)
+    _check_sources(plan, allowance)
     targets = Columns(plan.target_tensors)
-    _check_targets(plan, targets)
+    _check_targets(plan, targets, allowance)
     _check_files(plan, targets)
-    _check_tiles(plan)
+    _check_tiles(plan, allowance)
 
 
-def covers(boxes: Sequence[Box], shape: Shape, what: str) -> None:
+def _parts(plan: Plan) -> int:
+    """The plan's own size: pieces, tile boxes and tensors."""
+    pieces = sum(
+        len(p.gather) + sum(map(len, p.replicas)) + len(p.padding) + sum(len(o.scatter) + len(o.zeros) for o in p.outputs)
+        for p in plan.programs
+    )
+    return pieces + len(plan.tiles.program) + len(plan.source_tensors) + len(plan.target_tensors)
+
+
+def covers(boxes: Sequence[Box], shape: Shape, what: str, allowance: Allowance) -> None:
     """The boxes cover the shape exactly once."""
     total = sum(prod(d[1] for d in box.dims) for box in boxes)
     if total != prod(shape):
         raise PlanError("pieces do not cover their tensor once", tensor=what, expected=f"{prod(shape)} elements", actual=total)
-    _disjoint(boxes, what)
+    _disjoint(boxes, what, allowance)
 
 
-def _boxes(pieces: Iterable[Piece], shape: Shape, what: str) -> list[Box]:
+def _boxes(pieces: Iterable[Piece], shape: Shape, what: str, allowance: Allowance) -> list[Box]:
     size = prod(shape)
     boxes = []
     for piece in pieces:
@@ -68,42 +82,17 @@ def _boxes(pieces: Iterable[Piece], shape: Shape, what: str) -> list[Box]:
         high = piece.dst_off + sum((n - 1) * max(d, 0) for n, d, _ in piece.dims)
         if low < 0 or high >= size:
             raise PlanError("a piece leaves its tensor", tensor=what, expected=f"elements 0 … {size - 1}", actual=f"{low} … {high}")
-        boxes += align(piece, shape)
+        boxes += align(piece, shape, allowance.spend)
     return boxes
 
 
-def _disjoint(boxes: Sequence[Box], what: str) -> None:
-    """No two boxes share an element: a sweep along axis 0, then per-axis index sets."""
-    active: list[tuple[int, Box]] = []
-    for box in sorted(boxes, key=lambda b: b.start):
-        low = box.start[0] if box.start else 0
-        active = [(end, other) for end, other in active if end >= low]
-        for _, other in active:
-            if all(_meet(box, other, axis) for axis in range(len(box.start))):
-                raise PlanError("two pieces write the same element", tensor=what, actual=f"at {box.start} and {other.start}")
-        active.append((_end(box, 0) if box.start else 0, box))
+def _disjoint(boxes: Sequence[Box], what: str, allowance: Allowance) -> None:
+    """No two boxes share an element."""
+    if found := clash(boxes, allowance):
+        raise PlanError("two pieces write the same element", tensor=what, actual=f"at {found[0].start} and {found[1].start}")
 
 
-def _end(box: Box, axis: int) -> int:
-    return box.start[axis] + sum((n - 1) * m for k, n, m, _ in box.dims if k == axis)
-
-
-def _meet(one: Box, two: Box, axis: int) -> bool:
-    """Whether the boxes share a coordinate of `axis`."""
-    if _end(one, axis) < two.start[axis] or _end(two, axis) < one.start[axis]:
-        return False
-    return bool(np.isin(_coordinates(one, axis), _coordinates(two, axis)).any())
-
-
-def _coordinates(box: Box, axis: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    found = np.array([box.start[axis]])
-    for k, extent, step, _ in box.dims:
-        if k == axis:
-            found = (found[:, None] + np.arange(extent) * step).ravel()
-    return found
-
-
-def _reaches_targets(output: Output, what: str) -> None:
+def _reaches_targets(output: Output, what: str, allowance: Allowance) -> None:
     """Operands, in their order, make up whole copies of the output; those that take the same elements (copies on further
     tensor- or expert-parallel ranks) count once."""
     by_operand: dict[int, list[Piece]] = defaultdict(list)
@@ -116,9 +105,10 @@ def _reaches_targets(output: Output, what: str) -> None:
         if shares in seen:
             continue
         seen.add(shares)
-        copy, taken = copy + pieces, taken + sum(map(count, pieces))
+        copy += pieces
+        taken += sum(map(count, pieces))
         if taken == size:
-            covers(_boxes(copy, output.shape, what), output.shape, f"scatter of {what}")
+            covers(_boxes(copy, output.shape, what, allowance), output.shape, f"scatter of {what}", allowance)
             copy, taken = [], 0
     if taken or (size and not seen):
         raise PlanError("elements reach no target", tensor=what, expected=f"{size} elements", actual=taken)
@@ -128,7 +118,7 @@ Read = tuple[int, int]
 """(program, source operand)"""
 
 
-def _check_sources(plan: Plan) -> None:
+def _check_sources(plan: Plan, allowance: Allowance) -> None:
     """What is read of each source tensor covers it once."""
     taken = [_reads(program) for program in plan.programs]
     reads: list[tuple[Read, Ints, Ints]] = [
@@ -143,7 +133,7 @@ def _check_sources(plan: Plan) -> None:
         raise PlanError("a source tensor is neither read nor dropped", tensor=idle.name, file=plan.source_files[idle.file].path)
     trusted = bool(plan.recipe.get("trust_replicas"))
     for found, users in groups:
-        _check_source(plan, found, [(plan.programs[number], taken[number][operand]) for number, operand in users], trusted)
+        _check_source(plan, found, [(plan.programs[number], taken[number][operand]) for number, operand in users], trusted, allowance)
 
 
 def _reads(program: Program) -> dict[int, list[Piece]]:
@@ -155,7 +145,9 @@ def _reads(program: Program) -> dict[int, list[Piece]]:
     return found
 
 
-def _check_source(plan: Plan, entries: Sequence[TensorEntry], reads: Sequence[tuple[Program, list[Piece]]], trusted: bool) -> None:
+def _check_source(
+    plan: Plan, entries: Sequence[TensorEntry], reads: Sequence[tuple[Program, list[Piece]]], trusted: bool, allowance: Allowance
+) -> None:
     """The reads of one tensor, or of several that are one storage, each of which is read."""
     entry, size = entries[0], prod(entries[0].shape)
     for program, _ in reads:
@@ -166,9 +158,11 @@ def _check_source(plan: Plan, entries: Sequence[TensorEntry], reads: Sequence[tu
     pieces = [piece for _, found in reads for piece in found]
     if any(_lowest(piece) < 0 for piece in pieces):
         raise PlanError("a piece reads before its source tensor", tensor=entry.name, file=plan.source_files[entry.file].path)
-    boxes = _boxes(pieces, entry.shape, entry.name) if entry.contiguous else []
+    if entry.contiguous and any(n > 1 and not s for piece in pieces for n, s, _ in piece.dims):
+        raise PlanError("a piece reads one element many times", tensor=entry.name, file=plan.source_files[entry.file].path)
+    boxes = _boxes(pieces, entry.shape, entry.name, allowance) if entry.contiguous else []
     if entry.contiguous and len(entries) == 1:
-        _disjoint(boxes, entry.name)
+        _disjoint(boxes, entry.name, allowance)
     total = sum(map(count, pieces))
     if total != sum(prod(e.shape) for e in entries) and not (trusted and total < size):
         raise PlanError("a source tensor is not read once", tensor=entry.name, expected=f"{size} elements", actual=total)
@@ -182,7 +176,7 @@ Write = tuple[int, int, int]
 """(program, output, target operand)"""
 
 
-def _check_targets(plan: Plan, targets: Columns) -> None:
+def _check_targets(plan: Plan, targets: Columns, allowance: Allowance) -> None:
     """Everything scattered into each target tensor covers it once."""
     writes: list[tuple[Write, Ints, Ints]] = [
         ((number, k, operand), bound.target_file[:, operand], bound.target_offset[:, operand])
@@ -195,29 +189,34 @@ def _check_targets(plan: Plan, targets: Columns) -> None:
         raise PlanError("a program writes where no target tensor begins", file=plan.target_files[stray[1]].path, actual=stray[2])
     if idle is not None:
         raise PlanError("a target tensor is never written", tensor=idle.name, file=plan.target_files[idle.file].path)
+    scatters = [[(_by_operand(o.scatter), _by_operand(o.zeros)) for o in program.outputs] for program in plan.programs]
     for entries, users in groups:
         for entry in entries:
-            _check_target(plan, entry, users)
+            _check_target(plan, entry, users, scatters, allowance)
 
 
-def _check_target(plan: Plan, entry: TensorEntry, pairs: Sequence[Write]) -> None:
+Scatters = Sequence[Sequence[tuple[dict[int, list[Piece]], dict[int, list[Piece]]]]]
+"""Per program and output, its scatter pieces and its zeros by target operand."""
+
+
+def _by_operand(pieces: Iterable[Piece]) -> dict[int, list[Piece]]:
+    found: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.slot, []).append(piece)
+    return found
+
+
+def _check_target(plan: Plan, entry: TensorEntry, pairs: Sequence[Write], scatters: Scatters, allowance: Allowance) -> None:
     written = []
     for number, k, operand in pairs:
         output = plan.programs[number].outputs[k]
         if output.dtype != entry.dtype:
             raise PlanError("a target tensor gets another dtype", tensor=entry.name, expected=entry.dtype, actual=output.dtype)
-        _disjoint_reads(output.scatter, operand, output.shape, entry.name)
-        written += [
-            Piece(operand, p.src_off, p.dst_off, tuple((n, s, d) for n, d, s in p.dims))
-            for p in (*output.scatter, *output.zeros)
-            if p.slot == operand
-        ]
-    covers(_boxes(written, entry.shape, entry.name), entry.shape, entry.name)
-
-
-def _disjoint_reads(scatter: Sequence[Piece], operand: int, shape: Shape, what: str) -> None:
-    """No pivot element goes to one operand twice, and none lies outside the pivot."""
-    _disjoint(_boxes([p for p in scatter if p.slot == operand], shape, what), what)
+        scatter, zeros = (side.get(operand, []) for side in scatters[number][k])
+        # No pivot element goes to one operand twice, and none lies outside the pivot.
+        _disjoint(_boxes(scatter, output.shape, entry.name, allowance), entry.name, allowance)
+        written += [Piece(operand, p.src_off, p.dst_off, tuple((n, s, d) for n, d, s in p.dims)) for p in (*scatter, *zeros)]
+    covers(_boxes(written, entry.shape, entry.name, allowance), entry.shape, entry.name, allowance)
 
 
 def _check_files(plan: Plan, targets: Columns) -> None:
@@ -240,7 +239,7 @@ def _check_files(plan: Plan, targets: Columns) -> None:
         raise PlanError("a target file has a gap or an overlap", file=path, tensor=what, expected=f"next byte {due}", actual=actual)
 
 
-def _check_tiles(plan: Plan) -> None:
+def _check_tiles(plan: Plan, allowance: Allowance) -> None:
     """Each pivot tensor's boxes cover it once."""
     tiles = plan.tiles
     order = np.lexsort((tiles.lo[:, 1], tiles.lo[:, 0], tiles.row, tiles.program))
@@ -254,14 +253,14 @@ def _check_tiles(plan: Plan) -> None:
     proven: set[tuple[int, bytes]] = set()
     whole = ends - starts == 1
     for number, *box in set(map(tuple, np.column_stack([program, lo, hi])[starts[whole]].tolist())):
-        _check_boxes(plan.programs[number], [box[:2]], [box[2:]])
+        _check_boxes(plan.programs[number], [box[:2]], [box[2:]], allowance)
     seen = np.bincount(program[starts], minlength=len(plan.programs)).tolist()
     for begin, end in zip(starts[~whole].tolist(), ends[~whole].tolist(), strict=True):
         number = int(program[begin])
         key = (number, lo[begin:end].tobytes() + hi[begin:end].tobytes())
         if key not in proven:
             proven.add(key)
-            _check_boxes(plan.programs[number], lo[begin:end].tolist(), hi[begin:end].tolist())
+            _check_boxes(plan.programs[number], lo[begin:end].tolist(), hi[begin:end].tolist(), allowance)
     for number, bound in enumerate(plan.bindings):
         if seen[number] != len(bound.names):
             raise PlanError(
@@ -269,11 +268,11 @@ def _check_tiles(plan: Plan) -> None:
             )
 
 
-def _check_boxes(program: Program, lo: list[list[int]], hi: list[list[int]]) -> None:
+def _check_boxes(program: Program, lo: list[list[int]], hi: list[list[int]], allowance: Allowance) -> None:
     shape = tuple(program.shape[axis] for axis in program.cut)
     boxes = []
     for low, high in zip(lo, hi, strict=True):
         start = tuple(low[: len(shape)])
         dims = tuple((k, b - a, 1, 0) for k, (a, b) in enumerate(zip(low, high, strict=True)) if k < len(shape) and b - a != 1)
         boxes.append(Box(0, start, 0, dims))
-    covers(boxes, shape, f"tiles of {program.label}")
+    covers(boxes, shape, f"tiles of {program.label}", allowance)

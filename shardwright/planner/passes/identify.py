@@ -1,32 +1,21 @@
-"""A plan's hash, and the ``shardwright.json`` that a target carries."""
+"""The ``shardwright.json`` that a target carries."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from json.encoder import encode_basestring_ascii
 
+from ..fingerprint import plan_hash
 from ..formats.base import Filing, Source, Unit
 from ..identity import FILE_NAME, SCHEMA
-from ..plan import PLAN_FORMAT, Plan, TargetFile
-from .request import Request, Words
+from ..plan import Plan, Seal, TargetFile
+from ..request import Request
+from .request import Words
 from .sides import TargetSide
 
-__all__ = ["plan_hash", "with_identity"]
-
-
-def plan_hash(plan: Plan) -> str:
-    """SHA-256 over the recipe, the plan format, the tiles, and each source file's size, header digest and mtime.
-
-    Paths and the tool's version are left out: a moved source or a newer tool can resume.
-    """
-    digest = hashlib.sha256()
-    digest.update(json.dumps([PLAN_FORMAT, plan.recipe], sort_keys=True, default=str).encode())
-    for column in (plan.tiles.first, plan.tiles.program, plan.tiles.row, plan.tiles.lo, plan.tiles.hi):
-        digest.update(column.astype("<i8").tobytes())
-    digest.update(json.dumps([(f.nbytes, f.header_digest, f.mtime_ns) for f in plan.source_files]).encode())
-    return digest.hexdigest()
+__all__ = ["with_identity"]
 
 
 def with_identity(plan: Plan, source: Source, request: Request, words: Words, wanted: TargetSide, filing: Filing) -> Plan:
@@ -49,8 +38,32 @@ def with_identity(plan: Plan, source: Source, request: Request, words: Words, wa
         "dropped": [asdict(d) for d in plan.dropped],
     }
     text = json.dumps(made, sort_keys=False, default=str)
-    data = f'{text[:-1]}, "tensors": {_tensor_table(plan, wanted, filing)}}}\n'.encode()
-    return replace(plan, target_files=(*plan.target_files, TargetFile(FILE_NAME, len(data), ((0, data),))))
+    head = f'{text[:-1]}, "tensors": {_tensor_table(plan, wanted, filing)}, "checksums": '.encode()
+    table, seals = _checksum_table(plan, {"crc32": 8, **({"sha256": 64} if request.sha256 else {})}, len(head))
+    data = b"".join((head, table, b"}\n"))
+    return replace(plan, target_files=(*plan.target_files, TargetFile(FILE_NAME, len(data), ((0, data),), (), seals)))
+
+
+def _checksum_table(plan: Plan, kinds: Mapping[str, int], start: int) -> tuple[bytes, tuple[Seal, ...]]:
+    """``{kind: {path: digits}}`` with zeros for digits, and where each file's digits begin; `start` is the table's own place."""
+    # shardwright.json itself will be the last target file: copies are numbered behind it.
+    files = [(number, f.path) for number, f in enumerate(plan.target_files)]
+    files += [(len(files) + 1 + number, to) for number, (_, to) in enumerate(plan.copies)]
+    parts, seals, at = [b"{"], [], start + 1
+
+    def put(text: str) -> None:
+        nonlocal at
+        parts.append(text.encode())
+        at += len(parts[-1])
+
+    for number, (kind, digits) in enumerate(kinds.items()):
+        put(f'{", " if number else ""}"{kind}": {{')
+        for file, path in files:
+            put(f'{", " if file else ""}{json.dumps(path)}: "')
+            seals.append(Seal(kind, file, at))
+            put(f'{"0" * digits}"')
+        put("}")
+    return b"".join((*parts, b"}")), tuple(seals)
 
 
 def _tensor_table(plan: Plan, wanted: TargetSide, filing: Filing) -> str:

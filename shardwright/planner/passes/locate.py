@@ -10,9 +10,10 @@ from fnmatch import fnmatchcase
 
 from ..formats.base import Filing, Source
 from ..plan import Plan, TargetFile, TensorEntry
+from ..request import Request
 from ..tensor.dtypes import dtype as dtype_of
 from .build import assemble, no_collector, sides_of
-from .request import Cast, Request, settle_words
+from .request import Cast, settle_words
 from .rows import RowInstance
 from .sides import Wanted, place
 from .tiling import TILE_BYTES

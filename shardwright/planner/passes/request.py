@@ -1,71 +1,26 @@
 """What is asked for, and the target's words that follow from it.
 
-A `Request` is the user's. `settle_words` fills in the target format's defaults and refuses combinations that make no
+`settle_words` fills in the target format's defaults and refuses combinations that make no
 sense; `casts` says which dtype a stored tensor gets. Boundary: pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from ...errors import UnsupportedError, UsageError
 from ..config import ModelConfig
 from ..formats import FORMATS
 from ..formats.base import Source
-from ..layout import Layout
+from ..request import Request
 from ..schemes import SCHEMES, Scheme
 from ..tables import DIALECTS, Dialect, Family, specs_of
 from ..tensor.dtypes import dtype as dtype_of
 from .rows import RowInstance, scope
 
-__all__ = ["Cast", "Request", "Words", "castable", "casts", "padded_vocab", "settle_words"]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked for; together with the source it determines every byte of the target.
-
-    Attributes
-    ----------
-    to
-        Target format.
-    dialect, container, spec
-        Of the target; None is the format's default.
-    dtype
-        Cast floating tensors to it, except those the family keeps; None stores as in the source.
-    quantize
-        Name of a scheme.
-    pad_vocab_to
-        Pad the vocabulary to a multiple of this; None is the dialect's default.
-    trust_replicas
-        Do not read and compare copies.
-    drop
-        Patterns of stored names to leave out.
-    """
-
-    to: str
-    layout: Layout = field(default_factory=Layout)
-    dialect: str | None = None
-    container: str | None = None
-    spec: str | None = None
-    dtype: str | None = None
-    quantize: str | None = None
-    max_shard_size: int = 5_000_000_000
-    pad_vocab_to: int | None = None
-    trust_replicas: bool = False
-    drop: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return {**asdict(self), "layout": self.layout.to_json(), "drop": list(self.drop)}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Request:
-        """The request of `to_json`."""
-        return cls(**{**values, "layout": Layout.from_json(values["layout"]), "drop": tuple(values["drop"])})
+__all__ = ["Cast", "Words", "castable", "casts", "padded_vocab", "settle_words"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +73,7 @@ def padded_vocab(source: Source, request: Request, dialect: Dialect) -> int | No
     multiple = request.pad_vocab_to or (dialect.pad_vocab(fields) if dialect.pad_vocab else None)
     if multiple is None:
         return None
-    if multiple < 1:
+    if type(multiple) is not int or multiple < 1:
         raise UsageError("--pad-vocab-to needs a positive number", actual=multiple)
     vocab: int = source.config["vocab_size"]
     return -(-vocab // multiple) * multiple

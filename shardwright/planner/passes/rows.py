@@ -15,13 +15,15 @@ Boundary: pure; knows no file.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from math import prod
 from typing import Any, NamedTuple
 
-from ...errors import ConfigError, LayoutError, TableError, UnsupportedError
+from ...errors import CheckpointError, ConfigError, LayoutError, TableError, UnsupportedError, short
 from ..config import ModelConfig, layer_scope
 from ..expressions import Expression, parse
 from ..layout import SPLITS, Layout, Place, Split
@@ -32,7 +34,10 @@ from ..tensor.lazy import LazyTensor, leaf
 __all__ = ["Expansion", "RowClass", "RowInstance", "apply_split", "expand", "hub_tensors", "scope"]
 
 Shape = tuple[int, ...]
+Kind = tuple[object, ...]
 _SEVERAL_STAGES = parse("pp > 1")
+_MOST_ELEMENTS = 1 << 56
+"""Sizes and offsets in bits stay far below 63 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +101,60 @@ def scope(config: ModelConfig, layout: Layout, padded_vocab: int | None) -> dict
     return {**DIALECT_WORDS, **config.fields, "family": config.family, **sizes, "padded_vocab_size": vocab}
 
 
-def hub_tensors(family: Family, config: ModelConfig) -> dict[str, Shape]:
-    """Every hub tensor of the model: name → shape, in the family's order (first, layers, last)."""
+def hub_tensors(family: Family, config: ModelConfig, *, most: int | None = None) -> dict[str, Shape]:
+    """Every hub tensor of the model: name → shape, in the family's order (first, layers, last).
+
+    Raises
+    ------
+    CheckpointError
+        They are more than `most`, if that is given: what a checkpoint can hold.
+    """
     found: dict[str, Shape] = {}
+    layers, experts = config["num_hidden_layers"], range(config.fields.get("num_experts", 0))
     for stage in ("first", "layer", "last"):
-        for layer in range(config["num_hidden_layers"]) if stage == "layer" else (-1,):
-            fields = layer_scope(family, config.fields, layer) if stage == "layer" else config.fields
-            shapes = _shapes(family, stage, fields)
-            number, experts = str(layer), range(config.fields.get("num_experts", 0))
-            for expert, name in _in_order(shapes, experts):
-                found[name.replace("{layer}", number).replace("{expert}", str(expert))] = shapes[name]
+        looks = _looks(family, [e for t in family.tensors if t.stage == stage for e in (t.when, *t.shape)]) if stage == "layer" else []
+        alike: dict[Kind, dict[str, Shape]] = {}
+        for layer in range(layers) if stage == "layer" else (-1,):
+            kind = _kind_of(family, config.fields, looks, layer)
+            if kind not in alike:
+                alike[kind] = _shapes(family, stage, layer_scope(family, config.fields, layer) if stage == "layer" else config.fields)
+            shapes, number = alike[kind], str(layer)
+            for expert, open_name in _in_order(shapes, experts):
+                name = open_name.replace("{layer}", number).replace("{expert}", str(expert))
+                if name in found:
+                    raise TableError("two tensors of a family have one name", file=family.origin, tensor=name)
+                found[name] = shapes[open_name]
+            if most is not None and len(found) > most:
+                raise CheckpointError(
+                    "the config has more tensors than the checkpoint",
+                    expected=f"{layers} layers, {len(experts)} experts",
+                    actual=f"room for {most} tensors",
+                    remedy="Copy the checkpoint again, or give the config.json that belongs to it (--config)",
+                )
     return found
+
+
+def _looks(family: Family, expressions: Iterable[Expression]) -> list[Expression]:
+    """What must be equal for two layers to be alike: the expressions that look at ``layer``, and the words that others use."""
+    distinct = {e.text: e for e in expressions}.values()
+    used = frozenset[str]().union(*(e.names for e in distinct))
+    return [e for e in distinct if "layer" in e.names] + [parse(name) for name, _ in family.layer_words if name in used]
+
+
+def _kind_of(family: Family, fields: Mapping[str, Any], looks: Sequence[Expression], layer: int) -> Kind:
+    """Equal for layers that are alike in all of `looks`."""
+    if not looks:
+        return ()
+    found = layer_scope(family, fields, layer)
+    kind = tuple([expression(found) for expression in looks])
+    for expression, value in zip(looks, kind, strict=True):
+        if isinstance(value, list | tuple | Mapping):
+            raise TableError(
+                "what depends on the layer is a number, true or false, or a string",
+                file=family.origin,
+                actual=f"{expression.text}: {short(value)}",
+            )
+    return kind
 
 
 def _shapes(family: Family, stage: str, fields: Mapping[str, Any]) -> dict[str, Shape]:
@@ -130,8 +178,8 @@ def _counts_experts(name: str) -> bool:
 
 def _shape(extents: tuple[Expression, ...], fields: Mapping[str, Any], name: str) -> Shape:
     shape = tuple(extent(fields) for extent in extents)
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
-        raise ConfigError("the config gives a tensor an impossible shape", tensor=name, actual=shape)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape) or prod(shape) > _MOST_ELEMENTS:
+        raise ConfigError("the config gives a tensor an impossible shape", tensor=name, actual=short(shape))
     return shape
 
 
@@ -211,7 +259,7 @@ class _Expander:
         self.fields = scope(config, layout, padded_vocab)
         self.hub = hub
         self.experts: int = self.fields["num_experts"]
-        self.places = layout.places(config.fields["num_hidden_layers"])
+        self.places = layout.places(config["num_hidden_layers"])
         self.aliases = {a.name: a.of for a in family.aliases if a.when(config.fields)}
         self.classes: list[RowClass] = []
         self.instances: list[RowInstance] = []
@@ -243,27 +291,30 @@ class _Expander:
         return place.chunk if self.dialect.numbering == "local" else 0
 
     def _layers(self) -> None:
-        kinds: dict[object, _Kind] = {}
+        kinds: dict[Kind, _Kind] = {}
         hub = list(self.hub)
         begin = sum(t.name in self.hub for t in self.family.tensors if t.stage == "first")
-        looks = self._looks()
+        looks = None if self._aliases_in_layers() else _looks(self.family, self._conditions())
         for layer, place in enumerate(self.places):
-            fields = layer_scope(self.family, self.fields, layer) if looks is None or looks else {}
-            key = layer if looks is None else tuple([expression(fields) for expression in looks])
+            key = (layer,) if looks is None else _kind_of(self.family, self.fields, looks, layer)
             kind = kinds.get(key)
             if kind is None:
                 kind = kinds[key] = self._kind(layer_scope(self.family, self.fields, layer), str(layer))
             self._emit(kind, hub[begin : begin + kind.width], layer, place)
             begin += kind.width
 
-    def _looks(self) -> list[Expression] | None:
-        """What must be equal for two layers to be alike; None: every layer is its own kind, as an alias names one."""
-        heads = [name.partition("{layer}")[0] for row in self.rows if row.stage == "layer" for name in row.hub]
-        if any(alias.startswith(head) for alias in self.aliases for head in heads):
-            return None
-        words = {"layer"} | {name for name, _ in self.family.layer_words}
-        tensors = [e for t in self.family.tensors if t.stage == "layer" for e in (t.when, *t.shape)]
-        return [e for e in (*tensors, *(row.when for row in self.rows if row.stage == "layer")) if e.names & words]
+    def _aliases_in_layers(self) -> bool:
+        """Whether an alias may name a tensor of a layer: then every layer is its own kind."""
+        names = sorted(self.aliases)
+        heads = {name.partition("{layer}")[0] for row in self.rows if row.stage == "layer" for name in row.hub}
+        return any(names[at].startswith(head) for head in heads if (at := bisect_left(names, head)) < len(names))
+
+    def _conditions(self) -> Iterator[Expression]:
+        """What decides which rows a layer has, and their shapes."""
+        for tensor in self.family.tensors:
+            if tensor.stage == "layer":
+                yield from (tensor.when, *tensor.shape)
+        yield from (row.when for row in self.rows if row.stage == "layer")
 
     def _kind(self, fields: Mapping[str, Any], layer: str) -> _Kind:
         shapes = _shapes(self.family, "layer", fields)
@@ -285,7 +336,7 @@ class _Expander:
         self, stage: str, fields: Mapping[str, Any], names: Sequence[str], shapes: Mapping[str, Shape], layer: str
     ) -> list[_Decision]:
         """The rows of one layer, or of an end; every hub tensor among `names` is held once."""
-        present = [name for name in names if name in shapes]
+        present = {name: at for at, name in enumerate(name for name in names if name in shapes)}
         held: set[str] = set()
         found = []
         for index, row in enumerate(self.rows):
@@ -308,7 +359,7 @@ class _Expander:
             held.update(row.hub if alias is None else ())
             hub = row.hub if alias is None else (alias,)
             cls = self._class(index, row, hub, tuple([self.hub[alias] if alias else shapes[name] for name in hub]), alias is not None)
-            members = () if alias is not None or stage != "layer" else tuple([present.index(name) for name in row.hub])
+            members = () if alias is not None or stage != "layer" else tuple([present[name] for name in row.hub])
             found.append(_Decision(index, cls, row.names[self.spec], members, row.experts, alias))
         for name in present:
             if name not in held:

@@ -15,6 +15,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -409,9 +410,11 @@ def check_units(units: Units, layout: Layout, dialect: Dialect, format_name: str
         Names the ranks that are missing, or too many.
     """
     chunks = layout.vpp if dialect.numbering == "local" else 1
-    wanted = {(rank, chunk) for rank in range(layout.ranks) for chunk in range(chunks)}
     axes = ", ".join(f"{axis} {size}" for axis, size in layout.to_json().items() if size not in (None, 1)) or "one rank"
-    missing, extra = sorted(wanted - set(units)), sorted(set(units) - wanted)
+    # Looked for one by one: the layout may say far more ranks than there are files.
+    wanted = ((rank, chunk) for rank in range(layout.ranks) for chunk in range(chunks))
+    missing = list(islice((key for key in wanted if key not in units), 5))
+    extra = sorted(key for key in units if key[0] >= layout.ranks or key[1] >= chunks)
     if missing or extra:
         what, odd = ("missing", missing) if missing else ("too many", extra)
         named = [_rank_name(rank, chunk, layout, chunks) for rank, chunk in odd[:4]] + (["…"] if len(odd) > 4 else [])

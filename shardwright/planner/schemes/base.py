@@ -2,7 +2,7 @@
 
 A scheme turns one stored tensor into several outputs (payload, scales). For each it declares the name, dtype, shape and
 how pivot coordinates map to its own; plus the smallest box of input that is independent of all others. The arithmetic
-is a kernel on the executors' side, named here as ``"module:function"``.
+is a kernel on the executors' side, named here as ``"module:function"``; so is the way back to values.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Scheme(Protocol):
 
     name: str
     kernel: str
+    dequantise: str
+    """The kernel that makes values of what is stored; a scheme without one is only compared with itself, bit by bit."""
 
     def takes(self, name: str, shape: Shape, dtype: str) -> bool:
         """Whether the hub tensor of that name is quantised."""

@@ -23,6 +23,7 @@ class Int8:
 
     name = "int8"
     kernel = "shardwright.executors.kernels:quantise_int8_channel"
+    dequantise = "shardwright.executors.kernels:dequantise_int8_channel"
 
     def takes(self, name: str, shape: Shape, dtype: str) -> bool:
         return (
@@ -64,9 +65,14 @@ class Int8:
         }
 
     def recognises(self, config: dict[str, Any]) -> bool:
-        groups = list((config.get("config_groups") or {}).values())
-        if config.get("quant_method") != "compressed-tensors" or config.get("format") != "int-quantized" or len(groups) != 1:
+        groups = config.get("config_groups")
+        if config.get("quant_method") != "compressed-tensors" or config.get("format") != "int-quantized":
             return False
-        weights = groups[0].get("weights") or {}
+        if not isinstance(groups, dict) or len(groups) != 1:
+            return False
+        (group,) = groups.values()
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict):
+            return False
         wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-        return groups[0].get("input_activations") is None and all(weights.get(k) == v for k, v in wanted.items())
+        return group.get("input_activations") is None and all(weights.get(k) == v for k, v in wanted.items())

@@ -16,7 +16,7 @@ Boundary: pure integers; no dtype, no file, no tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from math import gcd, prod
 from typing import NamedTuple
@@ -131,8 +131,11 @@ def _join(first: Piece, second: Piece) -> Piece | None:
     return None
 
 
-def align(piece: Piece, shape: Shape) -> list[Box]:
+def align(piece: Piece, shape: Shape, spend: Callable[[int], None] | None = None) -> list[Box]:
     """Split the piece into boxes of `shape`: each dim moves along one axis and never carries into the next.
+
+    `spend` is told how many pieces the next step makes, before it is taken: a diagonal may fall apart into as many pieces
+    as it has elements.
 
     >>> align(Piece(0, 0, 5, ((12, 1, 1),)), (3, 4))
     [Box(slot=0, start=(0, 0), src_off=5, dims=((0, 3, 1, 4), (1, 4, 1, 1)))]
@@ -142,7 +145,10 @@ def align(piece: Piece, shape: Shape) -> list[Box]:
     boxes: list[Box] = []
     work = [normalise(piece)]
     while work:
-        found = _align_once(work.pop(), shape, strides, axes)
+        at = work.pop()
+        if spend is not None:
+            spend(1 + _unrolled(at, strides, axes))
+        found = _align_once(at, shape, strides, axes)
         if isinstance(found, Box):
             boxes.append(found)
         else:
@@ -174,6 +180,16 @@ def _align_once(piece: Piece, shape: Shape, strides: Shape, axes: list[int]) -> 
         span[axis] += (extent - 1) * step
         dims.append((axis, extent, step, src))
     return Box(piece.slot, start, piece.src_off, tuple(reversed(dims)))
+
+
+def _unrolled(piece: Piece, strides: Shape, axes: list[int]) -> int:
+    """Pieces into which one step of `align` may unroll a diagonal dim."""
+    most = 0
+    for extent, dst, _ in piece.dims:
+        stride = next(strides[k] for k in axes if strides[k] <= dst)
+        if dst % stride:
+            most = max(most, min(extent, stride // gcd(dst, stride)))
+    return most
 
 
 def _split(piece: Piece, index: int, at: int) -> list[Piece]:
@@ -227,9 +243,9 @@ def select(box: Box, axis: int, lo: int, hi: int) -> Iterator[Box]:
         yield _moved(box, axis, whole[0] * step, whole[0] * src)._replace(dims=(*box.dims[:index], kept, *box.dims[index + 1 :]))
     elif len(whole) == 1:
         yield _moved(box, axis, whole[0] * step, whole[0] * src)._replace(dims=rest)
-    # `whole` lies inside `touched`: only its two edges are left.
-    edges = (touched[: whole[0] - touched[0]], touched[whole[-1] + 1 - touched[0] :]) if whole else (touched,)
-    for i in chain.from_iterable(edges):
+    # Only the two ends: an axis may have any number of coordinates in between.
+    ends = chain(range(touched.start, whole.start), range(whole.stop, touched.stop)) if len(whole) else touched
+    for i in ends:
         yield from select(_moved(box, axis, i * step, i * src)._replace(dims=rest), axis, lo, hi)
 
 
