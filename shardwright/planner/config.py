@@ -21,7 +21,17 @@ from typing import Any
 from ..errors import ConfigError, UnknownFamilyError, UnsupportedError
 from .tables import FAMILIES, ConfigRule, Family
 
-__all__ = ["ModelConfig", "check_types", "family_of", "from_huggingface", "infer_family", "layer_scope", "to_huggingface"]
+__all__ = [
+    "STRUCTURE",
+    "ModelConfig",
+    "check_types",
+    "family_of",
+    "from_huggingface",
+    "infer_family",
+    "layer_scope",
+    "misfit",
+    "to_huggingface",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +107,15 @@ def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], 
 _COUNTS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "shared_expert_intermediate_size",
+    "num_kv_heads", "word_embed_proj_dim", "num_ln_in_parallel_attn",
 )  # fmt: skip
-_SWITCHES = ("tie_word_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm", "norm_topk_prob", "shared_expert_gate")
-_NUMBERS = ("max_position_embeddings", "rms_norm_eps", "rope_theta", "router_aux_loss_coef")
+_SWITCHES = (
+    "tie_word_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm", "norm_topk_prob", "shared_expert_gate",
+    "gated_mlp", "parallel_residual", "new_decoder_architecture", "multi_query", "alibi", "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx", "do_layer_norm_before", "remove_final_layer_norm", "norm_affine",
+    "apply_residual_connection_post_layernorm",
+)  # fmt: skip
+_NUMBERS = ("max_position_embeddings", "rms_norm_eps", "rope_theta", "router_aux_loss_coef", "partial_rotary_factor")
 
 
 def _check_count(name: str, fields: Mapping[str, Any], file: str) -> None:
@@ -147,6 +163,8 @@ def _plain_rope(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
     if isinstance(parameters, Mapping):
         scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
         found = {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta")), "rope_scaling": _scaling(scaling)}
+        if "partial_rotary_factor" in parameters:
+            found["partial_rotary_factor"] = parameters["partial_rotary_factor"]
         for key, value in found.items():
             other = _scaling(raw.get(key)) if key == "rope_scaling" else raw.get(key)
             if raw.get(key) is not None and other != value:
@@ -164,7 +182,8 @@ def _scaling(scaling: Any) -> dict[str, Any] | None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return None
-    return {"rope_type": kind, **{k: v for k, v in scaling.items() if k not in ("rope_type", "type", "rope_theta")}}
+    elsewhere = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    return {"rope_type": kind, **{k: v for k, v in scaling.items() if k not in elsewhere}}
 
 
 def layer_scope(family: Family, fields: Mapping[str, Any], layer: int) -> dict[str, Any]:
@@ -217,22 +236,52 @@ def _expect_fixed(rule: ConfigRule, value: Any, config: ModelConfig) -> None:
 
 def _both_ropes(config: ModelConfig) -> dict[str, Any]:
     theta, scaling = config["rope_theta"], config.fields.get("rope_scaling")
+    part = {name: config[name] for name in ("partial_rotary_factor",) if name in config.fields}
     return {
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})},
+        "rope_parameters": {"rope_theta": theta, **part, **(scaling or {"rope_type": "default"})},
     }
 
 
+STRUCTURE: Mapping[str, Any] = {
+    "normalization": "RMSNorm",
+    "gated_mlp": True,
+    "position_embedding_type": "rope",
+    "partial_rotary_factor": 1.0,
+}
+"""Fields that say what a model is built of, and what a family has that does not declare them."""
+
+
+_WORDS = ("true", "false", "none")
+
+
+def misfit(family: Family, fields: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """A field of `STRUCTURE` in which a model of these fields is not of this family, and what the family has.
+
+    Fields that the family reads from its config, or that follow from such, fit.
+    """
+    rules = {rule.name: rule for rule in family.config}
+    for name, usual in STRUCTURE.items():
+        rule = rules.get(name)
+        if rule is not None and (rule.key is not None or rule.default is None or rule.default.names - set(fields) - set(_WORDS)):
+            continue
+        wanted = usual if rule is None or rule.default is None else rule.default(fields)
+        if fields.get(name, usual) != wanted:
+            return name, wanted
+    return None
+
+
 def infer_family(fields: Mapping[str, Any], file: str) -> Family:
-    """The one family whose ``infer`` condition holds.
+    """The one family whose ``infer`` condition holds, and whose models are built like this one.
 
     Raises
     ------
     ConfigError
         None or several do.
     """
-    found = [family for family in FAMILIES if family.infer.names <= set(fields) | {"true", "false", "none"} and family.infer(fields)]
+    told = [family for family in FAMILIES if family.infer.names <= set(fields) | set(_WORDS) and family.infer(fields)]
+    found = [family for family in told if misfit(family, fields) is None]
     if len(found) != 1:
         raise ConfigError(
             "the family cannot be told from the args", file=file, actual=[f.name for f in found], remedy="Name it with --family"

@@ -4,6 +4,10 @@
 * args → canonical: `from_megatron`, for a family that the user names or that the arguments tell. Nothing is defaulted in
   silence: an argument is there, or Megatron-LM's own default for its absence is taken, or the checkpoint is refused.
 
+Activations: without SwiGLU, Megatron's MLP is GELU, and its fusion with the bias (``bias_gelu_fusion``) computes the tanh
+approximation (source: Megatron-LM ``training/arguments.core_transformer_config_from_args``, Megatron-core
+``fusions/fused_bias_gelu.py``).
+
 Experts: ``moe_layer_freq`` (1 and 0 per layer, or every n-th) says what a family's word ``moe`` says; softmax before the
 choice of experts (``moe_router_pre_softmax``) is Hugging Face's ``norm_topk_prob = false``, since choosing first and then
 taking the softmax of the chosen is the same as normalising afterwards
@@ -17,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedError
-from .config import ModelConfig, check_types, infer_family, layer_scope
+from .config import STRUCTURE, ModelConfig, check_types, infer_family, layer_scope, misfit
 from .tables import DIALECT_WORDS, Family
 
 __all__ = ["from_megatron", "to_megatron"]
@@ -35,16 +39,14 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
         Megatron-core cannot build this model.
     """
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    if config["hidden_act"] not in ("silu", "swish"):
-        raise UnsupportedError(
-            "Megatron arguments are written for SwiGLU models only", expected="hidden_act silu", actual=config["hidden_act"]
-        )
+    built = {**STRUCTURE, **{name: config[name] for name in STRUCTURE if name in config.fields}}
     if config["attention_out_bias"] != config["mlp_bias"] or (config["mlp_bias"] and not config["qkv_bias"]):
         raise UnsupportedError(
             "Megatron's add_bias_linear gives a bias to attention output and MLP together, and to QKV with them",
             actual={k: config[k] for k in ("qkv_bias", "attention_out_bias", "mlp_bias")},
         )
-    rope, warnings = _megatron_rope(config)
+    activation, warnings = _megatron_activation(config, built["gated_mlp"])
+    rope, more = _megatron_rope(config) if built["position_embedding_type"] == "rope" else ({}, [])
     window = config.fields.get("sliding_window")
     arguments = {
         "num_layers": config["num_hidden_layers"],
@@ -55,16 +57,15 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
         "num_query_groups": groups,
         "kv_channels": config["head_dim"],
         "vocab_size": config["vocab_size"],
-        "max_position_embeddings": config["max_position_embeddings"],
+        "max_position_embeddings": config["max_position_embeddings"] + config.fields.get("position_offset", 0),
         "seq_length": config["max_position_embeddings"],
-        "normalization": "RMSNorm",
+        "normalization": built["normalization"],
         "norm_epsilon": config["rms_norm_eps"],
-        "position_embedding_type": "rope",
-        "rotary_percent": 1.0,
+        "position_embedding_type": built["position_embedding_type"],
+        "rotary_percent": built["partial_rotary_factor"],
         "rotary_interleaved": False,
         **rope,
-        "swiglu": True,
-        "squared_relu": False,
+        **activation,
         "add_bias_linear": config["mlp_bias"],
         "add_qkv_bias": config["qkv_bias"] and not config["mlp_bias"],
         "qk_layernorm": config["qk_norm"],
@@ -73,7 +74,21 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
         "window_size": None if window is None else (window - 1, 0),
         **_megatron_experts(config, family),
     }
-    return arguments, warnings
+    return arguments, warnings + more
+
+
+_TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+"""Spellings of one function (source: transformers ``activations.py``)."""
+
+
+def _megatron_activation(config: ModelConfig, gated: bool) -> tuple[dict[str, Any], list[str]]:
+    act = config["hidden_act"]
+    if gated and act not in ("silu", "swish"):
+        raise UnsupportedError("Megatron arguments are written for SwiGLU where the MLP has a gate", expected="hidden_act silu", actual=act)
+    fused = act in _TANH_GELU and config["mlp_bias"]
+    said = gated or fused or act == "gelu"
+    warnings = [] if said else [f"Megatron's args cannot express the activation {act!r} here; set activation_func when you launch"]
+    return {"swiglu": gated, "squared_relu": False, "bias_gelu_fusion": not gated and fused}, warnings
 
 
 def _megatron_experts(config: ModelConfig, family: Family) -> dict[str, Any]:
@@ -128,7 +143,7 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
     ConfigError
         An argument is missing, or the true vocabulary size is unknown.
     UnsupportedError
-        A model that no family here describes (LayerNorm, learned positions, partial rotary …).
+        A model that is built otherwise than the family, or than any family here.
     """
 
     def need(name: str) -> Any:
@@ -136,9 +151,6 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
             raise ConfigError(f"the checkpoint's args lack {name!r}", file=file, remedy="Give --family and --config config.json")
         return arguments[name]
 
-    for name, wanted in (("normalization", "RMSNorm"), ("position_embedding_type", "rope"), ("swiglu", True)):
-        if need(name) != wanted:
-            raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=wanted)
     for name, usual in _USUAL.items():
         if arguments.get(name, usual) != usual:
             raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=usual)
@@ -152,6 +164,7 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
             remedy="Give --vocab-size N",
         )
     linear_bias = bool(arguments.get("add_bias_linear", True))
+    rope = need("position_embedding_type") == "rope"
     fields = {
         "hidden_size": need("hidden_size"),
         "intermediate_size": need("ffn_hidden_size"),
@@ -162,10 +175,14 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
         "vocab_size": vocab,
         "max_position_embeddings": need("max_position_embeddings"),
         "rms_norm_eps": need("norm_epsilon"),
-        "hidden_act": "silu",
         "tie_word_embeddings": not arguments.get("untie_embeddings_and_output_weights", False),
-        "rope_theta": float(base) if isinstance(base := need("rotary_base"), int) else base,
-        "rope_scaling": _rope_from_megatron(arguments),
+        "normalization": need("normalization"),
+        "position_embedding_type": arguments["position_embedding_type"],
+        "gated_mlp": need("swiglu"),
+        "partial_rotary_factor": arguments.get("rotary_percent", 1.0) if rope else 1.0,
+        **(_rope_from_megatron(arguments, need("rotary_base")) if rope else {}),
+        **_ALWAYS,
+        "word_embed_proj_dim": need("hidden_size"),
         "qkv_bias": linear_bias or bool(arguments.get("add_qkv_bias")),
         "attention_out_bias": linear_bias,
         "mlp_bias": linear_bias,
@@ -178,13 +195,57 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
     declared = {rule.name for rule in found.config}
     if foreign := next((name for name in _OPTIONAL if fields[name] and name not in declared), None):
         raise UnsupportedError(f"family {found.name!r} has no {foreign}", file=file, actual=fields[foreign], remedy="Name another --family")
+    if other := misfit(found, fields):
+        name = _STRUCTURE_ARGS[other[0]]
+        raise UnsupportedError(
+            f"family {found.name!r} has no args.{name} = {arguments[name]!r}", file=file, expected=other[1], remedy="Name another --family"
+        )
+    fields["hidden_act"] = _activation(arguments, found, fields, file)
+    fields["max_position_embeddings"] -= _fixed(found, "position_offset", 0)
     return ModelConfig(found.name, _declared(found, fields, file))
+
+
+_STRUCTURE_ARGS = {
+    "normalization": "normalization", "gated_mlp": "swiglu", "position_embedding_type": "position_embedding_type",
+    "partial_rotary_factor": "rotary_percent",
+}  # fmt: skip
+_ALWAYS = {
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "parallel_residual": False, "do_layer_norm_before": True,
+    "remove_final_layer_norm": False, "norm_affine": True,
+}  # fmt: skip
+"""What every model of Megatron-core has; tables refuse it the others."""
+
+
+def _fixed(family: Family, name: str, usual: Any) -> Any:
+    """What a family fixes a field at, whatever the other fields are."""
+    return next((rule.default({}) for rule in family.config if rule.name == name and rule.key is None and rule.default), usual)
+
+
+def _activation(arguments: Mapping[str, Any], family: Family, fields: Mapping[str, Any], file: str) -> str:
+    """The activation as the family spells it.
+
+    Raises
+    ------
+    ConfigError
+        The family's usual one is none that args can say, so they are no evidence.
+    """
+    if fields["gated_mlp"]:
+        return "silu"
+    rule = next((rule for rule in family.config if rule.name == "hidden_act"), None)
+    own = rule.default(fields) if rule is not None and rule.default is not None else None
+    tanh = bool(arguments.get("bias_gelu_fusion", True)) and fields["mlp_bias"]
+    if own not in (None, "gelu", *_TANH_GELU):
+        raise ConfigError(
+            "the args do not say which activation the model has", file=file, expected=own, actual="GELU, as args say of any other",
+            remedy="Give --config config.json",
+        )  # fmt: skip
+    return (own if own in _TANH_GELU else "gelu_pytorch_tanh") if tanh else "gelu"
 
 
 _OPTIONAL = ("num_experts", "shared_expert_intermediate_size")
 """Sizes that are 0 where a model has no such part; a family that does not declare them has none."""
 _USUAL = {
-    "rotary_percent": 1.0, "rotary_interleaved": False, "apply_layernorm_1p": False, "moe_router_score_function": "softmax",
+    "squared_relu": False, "rotary_interleaved": False, "apply_layernorm_1p": False, "moe_router_score_function": "softmax",
     "moe_router_enable_expert_bias": False, "moe_router_num_groups": None, "moe_router_topk_scaling_factor": None,
 }  # fmt: skip
 """What every family here has; another value is a model that no table describes."""
@@ -244,7 +305,11 @@ def _window(size: Any, file: str) -> int | None:
     return None if size[0] < 0 else size[0] + 1
 
 
-def _rope_from_megatron(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+def _rope_from_megatron(arguments: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    return {"rope_theta": float(base) if isinstance(base, int) else base, "rope_scaling": _scaling_from_megatron(arguments)}
+
+
+def _scaling_from_megatron(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     if arguments.get("use_rope_scaling"):
         return {"rope_type": "llama3", "factor": float(arguments.get("rope_scaling_factor", 8.0)), **_LLAMA3_ROPE}
     factor = arguments.get("rotary_seq_len_interpolation_factor")

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ __all__ = [
     "Family",
     "HubTensor",
     "Ignore",
+    "Refusal",
     "Row",
     "load_dialect",
     "load_family",
@@ -49,6 +50,7 @@ __all__ = [
 
 STAGES = ("first", "last", "layer")
 ALWAYS = parse("true")
+BASE_SPELLING = "base-model"
 STACK = "stack_experts"
 DIALECT_WORDS: Mapping[str, Any] = {"moe": False, "gated_mlp": True, "num_experts": 0, "tie_word_embeddings": False}
 """What a dialect may ask of every family, and the answer of a family that does not say."""
@@ -96,6 +98,14 @@ class Ignore:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a dialect cannot hold a family, or those of its models for which `when` holds."""
+
+    reason: str
+    when: Expression
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A model family.
 
@@ -108,7 +118,9 @@ class Family:
     layer_words
         Words whose value depends on ``layer``; ``moe`` says whether it has experts.
     refuse
-        Dialect name → why it cannot hold this family.
+        Dialect name → why it cannot hold this family, or which of its models.
+    base_prefix
+        What files of the spelling `BASE_SPELLING` lack at the beginning of every name; empty where there is no such spelling.
     """
 
     name: str
@@ -124,7 +136,12 @@ class Family:
     spellings: tuple[str, ...]
     rows: tuple[Row, ...]
     layer_words: tuple[tuple[str, Expression], ...]
-    refuse: Mapping[str, str]
+    refuse: Mapping[str, tuple[Refusal, ...]]
+    base_prefix: str = ""
+
+    def stored_name(self, tensor: HubTensor, spelling: str) -> str:
+        """What the family's files call a hub tensor that no row of that spelling holds."""
+        return tensor.stored.removeprefix(self.base_prefix) if spelling == BASE_SPELLING else tensor.stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +219,9 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     words = tuple((key, parse(text, f"{origin} [layer] {key}")) for key, text in table_of(table, "layer", origin).items())
     spellings = tuple(texts_of(table, "spellings", origin))
     rows = tuple(_row(entry, spellings, f"{origin} [[row]] {i + 1}") for i, entry in enumerate(entries_of(table, "row", origin)))
+    prefix = text_of(table, "base_prefix", origin, "the family") if "base_prefix" in table else ""
+    if prefix:
+        spellings, rows = _with_base(spellings, rows, prefix)
     for i, row in enumerate(rows):
         if unknown := set(row.hub) - known - {a.name for a in aliases}:
             raise TableError(
@@ -212,6 +232,8 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     _fields_known([(f"[layer] {name}", e) for name, e in words], fields, origin)
     fields |= {name for name, _ in words}
     _fields_known([(t.name, e) for t in tensors for e in (*t.shape, t.when)] + [(a.name, a.when) for a in aliases], fields, origin)
+    refuse = {name: _refusals(found, f"{origin} [refuse] {name}") for name, found in table_of(table, "refuse", origin).items()}
+    _fields_known([(f"[refuse] {name}", r.when) for name, found in refuse.items() for r in found], fields, origin)
     _fields_known([(f"[[row]] {i + 1}", row.when) for i, row in enumerate(rows)], fields | _SCOPE | set(DIALECT_WORDS), origin)
     if any("{expert}" in t.name for t in tensors) and "num_experts" not in fields:
         raise TableError("tensors of experts need the config field num_experts", file=origin)
@@ -229,8 +251,32 @@ def _family(table: dict[str, Any], origin: str) -> Family:
         spellings,
         rows,
         words,
-        {name: text_of(table_of(table, "refuse", origin), name, origin, "[refuse]") for name in table_of(table, "refuse", origin)},
+        refuse,
+        prefix,
     )
+
+
+def _with_base(spellings: tuple[str, ...], rows: tuple[Row, ...], prefix: str) -> tuple[tuple[str, ...], tuple[Row, ...]]:
+    """The spellings and rows, and those of files saved from the model without its head, which lack the prefix."""
+    known = spellings or ("causal-lm",)
+    named = []
+    for row in rows:
+        names = dict(row.names) if spellings else {known[0]: row.names[""]}
+        if known[0] in names:
+            names[BASE_SPELLING] = names[known[0]].removeprefix(prefix)
+        named.append(replace(row, names=names))
+    return (*known, BASE_SPELLING), tuple(named)
+
+
+def _refusals(found: Any, where: str) -> tuple[Refusal, ...]:
+    entries = [{"reason": found}] if isinstance(found, str) else listed(found)
+    refusals = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise TableError('a refusal is "why", or { when = "…", reason = "…" }, or several of these', file=where, actual=repr(entry))
+        known_keys(entry, {"when", "reason"}, where, "a refusal")
+        refusals.append(Refusal(text_of(entry, "reason", where, "a refusal"), parse(entry.get("when", "true"), f"{where} when")))
+    return tuple(refusals)
 
 
 def _fields_known(expressions: Sequence[tuple[str, Expression]], fields: set[str], origin: str) -> None:

@@ -73,6 +73,13 @@ def test_stack_experts(shape):
     assert applied("stack_experts", parts[:1], tp=1).shape == (1, *shape)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(6, 3), (5, 2, 2)])
+def test_roll(count, shape):
+    (table,) = numbered(shape)
+    assert (made(OPERATIONS.get("roll")([leaf(0, shape)], {}, count), [table]) == np.roll(table, count, axis=0)).all()
+
+
 TABLE = """
 name = "mine"
 extends = ["llama"]
@@ -187,7 +194,11 @@ def test_interleaved_and_transposed_stacks(tmp_path):
         ('[layer]\nmoe = "nothing > 3"\n', "the field 'nothing' is not in"),
         ("[layer]\nmoe = 'layer ('\n", "not an expression"),
         ("refuse = 3\n", r"\[refuse\] must be a table"),
-        ("[refuse]\nmegatron = 3\n", r"\[refuse\] needs 'megatron': a string"),
+        ("[refuse]\nmegatron = 3\n", r'a refusal is "why", or .*\[refuse\] megatron; actual 3'),
+        ("[refuse]\nmegatron = { when = 'qk_norm' }\n", r"a refusal needs 'reason': a string.*\[refuse\] megatron"),
+        ("[refuse]\nmegatron = { why = 'x' }\n", "a refusal has no entry 'why'"),
+        ("[refuse]\nmegatron = { when = 'odd', reason = 'x' }\n", r"the field 'odd' is not in \[config\].*\[refuse\] megatron"),
+        ("base_prefix = 3\n", "the family needs 'base_prefix': a string"),
         ("[config]\nhidden_size = { key = [] }\n", "a config field is"),
         ('[config]\nhidden_size = { key = ["a", 3] }\n', "a config field is"),
     ],
