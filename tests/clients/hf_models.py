@@ -147,7 +147,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
 
 
 def _is_norm(name: str, parameter: torch.Tensor) -> bool:
-    return parameter.dim() == 1 and "norm" in name and name.endswith("weight")
+    return parameter.dim() == 1 and ("norm" in name or "ln_" in name) and name.endswith("weight")
 
 
 def _to_bin(folder: Path, max_shard_size: str) -> None:

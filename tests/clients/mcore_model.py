@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,26 +159,33 @@ def build(args: Namespace, first: bool, last: bool, vp_stage: int | None) -> tor
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,
         rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
+        rotary_base=getattr(args, "rotary_base", 10000),
         rope_scaling=getattr(args, "use_rope_scaling", False),
         rope_scaling_factor=getattr(args, "rope_scaling_factor", None) or 8.0,
         vp_stage=vp_stage,
     ).eval()
 
 
+def _activation(args: Namespace) -> dict[str, Any]:
+    """The MLP's kind, as ``core_transformer_config_from_args`` chooses it: what is fused with the bias is GELU's tanh form."""
+    if args.swiglu:
+        return {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
+    _demand(not args.squared_relu, "squared_relu is on")
+    gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh") if args.bias_gelu_fusion else torch.nn.functional.gelu
+    return {"gated_linear_unit": False, "activation_func": gelu}
+
+
 def _transformer_config(args: Namespace) -> Any:
     """Megatron's ``core_transformer_config_from_args``, for what these models use, with every fusion off."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    _demand(args.swiglu, "swiglu is off")
     return TransformerConfig(
         **{name: getattr(args, name) for name in _SAME_NAME},
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
         layernorm_epsilon=args.norm_epsilon,
         layernorm_zero_centered_gamma=getattr(args, "apply_layernorm_1p", False),
         rotary_interleaved=getattr(args, "rotary_interleaved", False),
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        **_activation(args),
         num_layers_in_first_pipeline_stage=getattr(args, "decoder_first_pipeline_num_layers", None),
         num_layers_in_last_pipeline_stage=getattr(args, "decoder_last_pipeline_num_layers", None),
         pipeline_model_parallel_layout=getattr(args, "pipeline_model_parallel_layout", None),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import shardwright as sw
 from shardwright.errors import ConfigError, LayoutError, ReplicaMismatchError, UnsupportedError
@@ -290,3 +292,43 @@ def test_megatron_that_says_only_its_args(tmp_path):
     assert ref.differences({0: model.stored(hub)}, {0: ref.read_huggingface(tmp_path / "back")}) == []
     found = json.loads((tmp_path / "back" / "config.json").read_text())
     assert {key: found[key] for key in model.raw()} == model.raw()
+
+
+_NESTED = (
+    ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
+    ("self_attention.linear_qkv", "self_attention.query_key_value"),
+    ("self_attention.linear_proj", "self_attention.dense"),
+    ("mlp.linear_fc1.layer_norm_", "post_attention_layernorm."),
+    ("mlp.linear_fc1", "mlp.dense_h_to_4h"),
+    ("mlp.linear_fc2", "mlp.dense_4h_to_h"),
+)
+
+
+def _nested(held: ref.Arrays) -> dict:
+    """The same tensors as Megatron-LM held them before Megatron-core."""
+    tensors = {name: ref.to_torch(array, "float32") for name, array in held.items()}
+    embedding = {x: {"weight": tensors.pop(f"embedding.{x}.weight")} for x in ("word_embeddings", "position_embeddings")}
+    encoder = {}
+    for name, tensor in tensors.items():
+        for new, old in _NESTED:
+            if new in name:
+                name = name.replace(new, old)
+                break
+        encoder[name.removeprefix("decoder.")] = tensor
+    return {"language_model": {"embedding": embedding, "encoder": encoder}}
+
+
+def test_the_nested_names_of_older_megatron(tmp_path):
+    model = MODELS["gpt2"]
+    hub = model.hub()
+    raw = model.raw()
+    arguments, _ = to_megatron(from_huggingface(raw, family_of(raw)), family_of(raw))
+    for (tp, _, _), held in model.megatron(hub, Cut(2)).items():
+        folder = tmp_path / "old" / "iter_0000007" / f"mp_rank_{tp:02d}"
+        folder.mkdir(parents=True)
+        args = argparse.Namespace(**arguments, tensor_model_parallel_size=2, pipeline_model_parallel_size=1)
+        torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 7, "model": _nested(held)}, folder / "model_optim_rng.pt")
+    opened = sw.open(tmp_path / "old")
+    assert (opened.family, opened.source.dialect.name) == ("gpt2", "megatron-nested")
+    sw.convert(opened, tmp_path / "new", to="huggingface")
+    assert ref.differences({0: model.stored(hub)}, {0: ref.read_huggingface(tmp_path / "new")}) == []
