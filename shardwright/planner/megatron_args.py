@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedError
 from .config import STRUCTURE, ModelConfig, check_types, infer_family, layer_scope, misfit
-from .tables import DIALECT_WORDS, Family
+from .tables import DIALECT_WORDS, FAMILIES, Family
 
 __all__ = ["from_megatron", "to_megatron"]
 
@@ -191,6 +191,14 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
         **_experts_from_megatron(arguments, need("num_layers"), file),
     }
     check_types({name: value for name, value in fields.items() if value or name not in _OPTIONAL}, file)
+    if family is None and not any(misfit(known, fields) is None for known in FAMILIES):
+        unusual = [name for name, usual in STRUCTURE.items() if fields[name] != usual]
+        raise UnsupportedError(
+            "no family here is built as the args say",
+            file=file,
+            expected={_STRUCTURE_ARGS[name]: STRUCTURE[name] for name in unusual},
+            actual={_STRUCTURE_ARGS[name]: fields[name] for name in unusual},
+        )
     found = family or infer_family(fields, file)
     declared = {rule.name for rule in found.config}
     if foreign := next((name for name in _OPTIONAL if fields[name] and name not in declared), None):
