@@ -4,10 +4,15 @@
 * args → canonical: `from_megatron`, for a family that the user names or that the arguments tell. Nothing is defaulted in
   silence: an argument is there, or Megatron-LM's own default for its absence is taken, or the checkpoint is refused.
 
+What has no argument of its own, but a field of that name in Megatron-core's ``TransformerConfig``, is written under that name
+(``gated_linear_unit``, ``softmax_scale``): Megatron-LM copies such attributes of ``args`` into the config
+(source: Megatron-LM ``training/arguments.core_transformer_config_from_args``).
+
 Experts: ``moe_layer_freq`` (1 and 0 per layer, or every n-th) says what a family's word ``moe`` says; softmax before the
 choice of experts (``moe_router_pre_softmax``) is Hugging Face's ``norm_topk_prob = false``, since choosing first and then
-taking the softmax of the chosen is the same as normalising afterwards
-(source: Megatron-core ``transformer/moe/moe_utils.topk_routing_with_score_function``).
+taking the softmax of the chosen is the same as normalising afterwards. With sigmoid scores Megatron always normalises, and
+ranks groups of experts by the sum of their best ``topk // group_topk``, Hugging Face by that of their best two
+(source: Megatron-core ``transformer/moe/moe_utils.topk_routing_with_score_function``, ``group_limited_topk``).
 Boundary: dictionaries in, dictionaries out.
 """
 
@@ -35,17 +40,23 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
         Megatron-core cannot build this model.
     """
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    if config["hidden_act"] not in ("silu", "swish"):
-        raise UnsupportedError(
-            "Megatron arguments are written for SwiGLU models only", expected="hidden_act silu", actual=config["hidden_act"]
-        )
+    for name, what in _NEVER.items():
+        if config.fields.get(name):
+            raise UnsupportedError(f"Megatron-core has no {what}", actual=f"{name} {config[name]}")
     if config["attention_out_bias"] != config["mlp_bias"] or (config["mlp_bias"] and not config["qkv_bias"]):
         raise UnsupportedError(
             "Megatron's add_bias_linear gives a bias to attention output and MLP together, and to QKV with them",
             actual={k: config[k] for k in ("qkv_bias", "attention_out_bias", "mlp_bias")},
         )
-    rope, warnings = _megatron_rope(config)
-    window = config.fields.get("sliding_window")
+    activation, warnings = _megatron_activation(config)
+    rope, more = _megatron_rope(config)
+    warnings += more + [f"Megatron's args cannot express {text}" for name, text in _UNSAID.items() if config.fields.get(name)]
+    if config.fields.get("qk_norm_over_heads") and groups != heads:
+        raise UnsupportedError(
+            "Megatron-Bridge's OLMoESelfAttention norms keys over as many heads as queries",
+            expected=f"{heads} key/value heads",
+            actual=groups,
+        )
     arguments = {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -57,23 +68,90 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
         "vocab_size": config["vocab_size"],
         "max_position_embeddings": config["max_position_embeddings"],
         "seq_length": config["max_position_embeddings"],
-        "normalization": "RMSNorm",
+        "normalization": config.fields.get("normalization", "RMSNorm"),
         "norm_epsilon": config["rms_norm_eps"],
         "position_embedding_type": "rope",
-        "rotary_percent": 1.0,
+        "rotary_percent": config.fields.get("partial_rotary_factor", 1.0),
         "rotary_interleaved": False,
         **rope,
-        "swiglu": True,
-        "squared_relu": False,
+        **activation,
         "add_bias_linear": config["mlp_bias"],
         "add_qkv_bias": config["qkv_bias"] and not config["mlp_bias"],
         "qk_layernorm": config["qk_norm"],
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
-        "apply_layernorm_1p": False,
-        "window_size": None if window is None else (window - 1, 0),
+        "apply_layernorm_1p": config.fields.get("norm_zero_centered", False),
+        **_megatron_window(config),
         **_megatron_experts(config, family),
     }
     return arguments, warnings
+
+
+_NEVER = {
+    "clip_qkv": "clipped queries, keys and values",
+    "use_bidirectional_attention": "language model whose tokens see those after them",
+}
+"""What Megatron-core cannot do, by the field that asks for it."""
+_UNSAID = {
+    "scale_embeddings": "that embeddings are multiplied by the square root of hidden_size; Megatron-Bridge's Gemma models do that",
+    "post_norms": "norms on what attention and MLP give; Megatron-Bridge's Gemma layers have them (TERowParallelLinearLayerNorm)",
+    "attn_logit_softcapping": "soft-capped attention scores; Megatron-Bridge's Gemma 2 layers do that",
+    "final_logit_softcapping": "soft-capped logits; Megatron-Bridge's Gemma2OutputLayer does that",
+    "rope_local_base_freq": "another RoPE base in layers with a window; Megatron-Bridge's Gemma3RotaryEmbedding has both",
+    "qk_norm_over_heads": "one norm over all heads; Megatron-Bridge's OLMoESelfAttention has it, and runs at tensor parallel size 1 only",
+}
+"""What Megatron's args have no word for: for whoever launches, by field."""
+
+
+def _megatron_activation(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    kind, gated = config.fields.get("activation", config["hidden_act"]), config.fields.get("gated_mlp", True)
+    if kind in ("silu", "swish") and gated:
+        return {"swiglu": True, "squared_relu": False}, []
+    if kind == "relu2" and not gated:
+        return {"swiglu": False, "squared_relu": True}, []
+    if kind == "gelu_pytorch_tanh" and gated:
+        plain = {"swiglu": False, "squared_relu": False, "gated_linear_unit": True}
+        return plain, [f"Megatron's args cannot express a gate with {kind}; set activation_func when you launch"]
+    raise UnsupportedError(
+        "Megatron arguments are written for SwiGLU, gated tanh GELU and squared ReLU only",
+        expected="hidden_act silu",
+        actual=f"{kind}, {'gated' if gated else 'no gate'}",
+    )
+
+
+def _megatron_window(config: ModelConfig) -> dict[str, Any]:
+    """The window, and which layers have it where some have not; the scale of the scores where it is no matter of head_dim."""
+    window, layers = config.fields.get("sliding_window"), range(config["num_hidden_layers"])
+    types, every = config.fields.get("layer_types"), config.fields.get("sliding_window_pattern", 0)
+    found: dict[str, Any] = {"window_size": None if window is None else (window - 1, 0)}
+    if types or every:
+        found["window_attn_skip_freq"] = [int(types[n] == "sliding_attention" if types else (n + 1) % every != 0) for n in layers]
+    if "query_pre_attn_scalar" in config.fields:
+        found["softmax_scale"] = config["query_pre_attn_scalar"] ** -0.5
+    return found
+
+
+def _megatron_router(config: ModelConfig) -> dict[str, Any]:
+    """How experts are chosen."""
+    if config.fields.get("scoring_func", "softmax") == "softmax":
+        return {"moe_router_score_function": "softmax", "moe_router_pre_softmax": not config["norm_topk_prob"]}
+    chosen, groups, best = config["num_experts_per_tok"], config["n_group"], config["topk_group"]
+    if not config["norm_topk_prob"] and chosen > 1:
+        raise UnsupportedError("Megatron-core always normalises sigmoid scores", expected="norm_topk_prob true", actual=False)
+    if groups > 1 and chosen // best != 2:
+        raise UnsupportedError(
+            "Megatron-core ranks groups of experts by more or fewer than their best two",
+            expected=f"{2 * best} experts per token",
+            actual=chosen,
+        )
+    return {
+        "moe_router_score_function": config["scoring_func"],
+        "moe_router_pre_softmax": False,
+        "moe_router_dtype": "fp32",
+        "moe_router_enable_expert_bias": config["topk_method"] == "noaux_tc",
+        "moe_router_num_groups": groups if groups > 1 else None,
+        "moe_router_group_topk": best if groups > 1 else None,
+        "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
+    }
 
 
 def _megatron_experts(config: ModelConfig, family: Family) -> dict[str, Any]:
@@ -86,8 +164,7 @@ def _megatron_experts(config: ModelConfig, family: Family) -> dict[str, Any]:
         "moe_layer_freq": 1 if all(pattern) else pattern,
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
         "moe_router_topk": config["num_experts_per_tok"],
-        "moe_router_score_function": "softmax",
-        "moe_router_pre_softmax": not config["norm_topk_prob"],
+        **_megatron_router(config),
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": config["router_aux_loss_coef"],
         "moe_shared_expert_intermediate_size": shared or None,
@@ -128,7 +205,7 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
     ConfigError
         An argument is missing, or the true vocabulary size is unknown.
     UnsupportedError
-        A model that no family here describes (LayerNorm, learned positions, partial rotary …).
+        A model that no family here describes (learned positions, interleaved RoPE …), or not this one.
     """
 
     def need(name: str) -> Any:
@@ -136,12 +213,9 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
             raise ConfigError(f"the checkpoint's args lack {name!r}", file=file, remedy="Give --family and --config config.json")
         return arguments[name]
 
-    for name, wanted in (("normalization", "RMSNorm"), ("position_embedding_type", "rope"), ("swiglu", True)):
-        if need(name) != wanted:
+    for name, wanted in (("position_embedding_type", "rope"), ("rotary_interleaved", False)):
+        if (arguments.get(name, wanted) if wanted is False else need(name)) != wanted:
             raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=wanted)
-    for name, usual in _USUAL.items():
-        if arguments.get(name, usual) != usual:
-            raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=usual)
     heads = need("num_attention_heads")
     vocab = vocab_size if vocab_size is not None else arguments.get("vocab_size")
     if vocab is None:
@@ -162,10 +236,14 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
         "vocab_size": vocab,
         "max_position_embeddings": need("max_position_embeddings"),
         "rms_norm_eps": need("norm_epsilon"),
-        "hidden_act": "silu",
+        **_activation(arguments, need("swiglu")),
+        "normalization": need("normalization"),
+        "norm_zero_centered": bool(arguments.get("apply_layernorm_1p", False)),
         "tie_word_embeddings": not arguments.get("untie_embeddings_and_output_weights", False),
         "rope_theta": float(base) if isinstance(base := need("rotary_base"), int) else base,
         "rope_scaling": _rope_from_megatron(arguments),
+        "partial_rotary_factor": arguments.get("rotary_percent", 1.0),
+        "original_max_position_embeddings": need("max_position_embeddings"),  # args that say no RoPE scaling say no other length
         "qkv_bias": linear_bias or bool(arguments.get("add_qkv_bias")),
         "attention_out_bias": linear_bias,
         "mlp_bias": linear_bias,
@@ -174,8 +252,17 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
         **_experts_from_megatron(arguments, need("num_layers"), file),
     }
     check_types({name: value for name, value in fields.items() if value or name not in _OPTIONAL}, file)
-    found = family or infer_family(fields, file)
+    unusual = [name for name, (_, usual) in _USUAL.items() if fields.get(name, usual) != usual]
+    found = family or infer_family(fields, file, unusual)
     declared = {rule.name for rule in found.config}
+    if foreign := next((name for name in unusual if name not in declared), None):
+        argument, usual = _USUAL[foreign]
+        raise UnsupportedError(
+            f"family {found.name!r} has no args.{argument} = {arguments.get(argument)!r}",
+            file=file,
+            expected=usual,
+            remedy="Name another --family",
+        )
     if foreign := next((name for name in _OPTIONAL if fields[name] and name not in declared), None):
         raise UnsupportedError(f"family {found.name!r} has no {foreign}", file=file, actual=fields[foreign], remedy="Name another --family")
     return ModelConfig(found.name, _declared(found, fields, file))
@@ -183,11 +270,26 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
 
 _OPTIONAL = ("num_experts", "shared_expert_intermediate_size")
 """Sizes that are 0 where a model has no such part; a family that does not declare them has none."""
-_USUAL = {
-    "rotary_percent": 1.0, "rotary_interleaved": False, "apply_layernorm_1p": False, "moe_router_score_function": "softmax",
-    "moe_router_enable_expert_bias": False, "moe_router_num_groups": None, "moe_router_topk_scaling_factor": None,
-}  # fmt: skip
-"""What every family here has; another value is a model that no table describes."""
+_USUAL: Mapping[str, tuple[str, Any]] = {
+    "normalization": ("normalization", "RMSNorm"),
+    "gated_mlp": ("swiglu", True),
+    "partial_rotary_factor": ("rotary_percent", 1.0),
+    "norm_zero_centered": ("apply_layernorm_1p", False),
+    "scoring_func": ("moe_router_score_function", "softmax"),
+    "topk_method": ("moe_router_enable_expert_bias", "greedy"),
+    "n_group": ("moe_router_num_groups", 1),
+    "routed_scaling_factor": ("moe_router_topk_scaling_factor", 1.0),
+}
+"""What a family has that does not declare the field, with the argument that says it."""
+
+
+def _activation(arguments: Mapping[str, Any], swiglu: bool) -> dict[str, Any]:
+    """The MLP's kind; a gate that is no SwiGLU has an activation that args do not say."""
+    if swiglu:
+        return {"hidden_act": "silu", "gated_mlp": True}
+    if arguments.get("gated_linear_unit"):
+        return {"gated_mlp": True}
+    return {"gated_mlp": False, "hidden_act": "relu2" if arguments.get("squared_relu") else "gelu"}
 
 
 def _declared(family: Family, fields: dict[str, Any], file: str) -> dict[str, Any]:
@@ -209,12 +311,21 @@ def _experts_from_megatron(arguments: Mapping[str, Any], layers: int, file: str)
         return {"num_experts": 0, "shared_expert_intermediate_size": 0, "shared_expert_gate": False, "dense_layers": False}
     pattern = _pattern(arguments.get("moe_layer_freq", 1), layers, file)
     shared = arguments.get("moe_shared_expert_intermediate_size") or 0
+    each = arguments.get("moe_ffn_hidden_size") or arguments["ffn_hidden_size"]
     dense = [layer for layer, moe in enumerate(pattern) if not moe]
     return {
         "num_experts": experts,
+        **({"first_k_dense_replace": len(dense)} if dense == list(range(len(dense))) else {}),
+        **({"n_shared_experts": shared // each} if shared % each == 0 and shared else {}),
         "num_experts_per_tok": arguments.get("moe_router_topk", 2),
-        "moe_intermediate_size": arguments.get("moe_ffn_hidden_size") or arguments["ffn_hidden_size"],
+        "moe_intermediate_size": each,
         "norm_topk_prob": not arguments.get("moe_router_pre_softmax", False),
+        "scoring_func": arguments.get("moe_router_score_function", "softmax"),
+        "topk_method": "noaux_tc" if arguments.get("moe_router_enable_expert_bias") else "greedy",
+        "n_group": arguments.get("moe_router_num_groups") or 1,
+        "topk_group": arguments.get("moe_router_group_topk") or 1,
+        "routed_scaling_factor": arguments.get("moe_router_topk_scaling_factor") or 1.0,
+        "num_nextn_predict_layers": arguments.get("mtp_num_layers") or 0,
         "router_aux_loss_coef": arguments.get("moe_aux_loss_coeff", 0.0),
         "shared_expert_intermediate_size": shared,
         "shared_expert_gate": bool(shared) and bool(arguments.get("moe_shared_expert_gate", False)),
