@@ -249,6 +249,7 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
         "mlp_bias": linear_bias,
         "qk_norm": bool(arguments.get("qk_layernorm")),
         "sliding_window": _window(arguments.get("window_size"), file),
+        **dict.fromkeys(_NEVER),
         **_experts_from_megatron(arguments, need("num_layers"), file),
     }
     check_types({name: value for name, value in fields.items() if value or name not in _OPTIONAL}, file)
