@@ -4,9 +4,9 @@
 * args → canonical: `from_megatron`, for a family that the user names or that the arguments tell. Nothing is defaulted in
   silence: an argument is there, or Megatron-LM's own default for its absence is taken, or the checkpoint is refused.
 
-What has no argument of its own, but a field of that name in Megatron-core's ``TransformerConfig``, is written under that name
-(``gated_linear_unit``, ``softmax_scale``): Megatron-LM copies such attributes of ``args`` into the config
-(source: Megatron-LM ``training/arguments.core_transformer_config_from_args``).
+Activations: SwiGLU and squared ReLU have arguments; another gate has none, and ``activation_func``, ``gated_linear_unit`` and
+``softmax_scale`` have no flags (source: Megatron-LM ``training/arguments.py``, the fields that its flags leave out). Such a model's
+args say no gate: Megatron refuses the tensors, and does not compute something else.
 
 Experts: ``moe_layer_freq`` (1 and 0 per layer, or every n-th) says what a family's word ``moe`` says; softmax before the
 choice of experts (``moe_router_pre_softmax``) is Hugging Face's ``norm_topk_prob = false``, since choosing first and then
@@ -25,7 +25,7 @@ from ..errors import ConfigError, UnsupportedError
 from .config import ModelConfig, check_types, infer_family, layer_scope
 from .tables import DIALECT_WORDS, Family
 
-__all__ = ["from_megatron", "to_megatron"]
+__all__ = ["check_norms", "from_megatron", "to_megatron"]
 
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Megatron-core's ``use_rope_scaling`` hard-codes (models/common/embeddings/rotary_pos_embedding.py)."""
@@ -51,6 +51,8 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
     activation, warnings = _megatron_activation(config)
     rope, more = _megatron_rope(config)
     warnings += more + [f"Megatron's args cannot express {text}" for name, text in _UNSAID.items() if config.fields.get(name)]
+    if (scalar := config.fields.get("query_pre_attn_scalar", config["head_dim"])) != config["head_dim"]:
+        warnings.append(f"Megatron's args cannot express scores divided by the root of {scalar}; set softmax_scale when you launch")
     if config.fields.get("qk_norm_over_heads") and groups != heads:
         raise UnsupportedError(
             "Megatron-Bridge's OLMoESelfAttention norms keys over as many heads as queries",
@@ -109,8 +111,8 @@ def _megatron_activation(config: ModelConfig) -> tuple[dict[str, Any], list[str]
     if kind == "relu2" and not gated:
         return {"swiglu": False, "squared_relu": True}, []
     if kind == "gelu_pytorch_tanh" and gated:
-        plain = {"swiglu": False, "squared_relu": False, "gated_linear_unit": True}
-        return plain, [f"Megatron's args cannot express a gate with {kind}; set activation_func when you launch"]
+        words = f"a gate with {kind}; set gated_linear_unit and activation_func when you launch"
+        return {"swiglu": False, "squared_relu": False}, [f"Megatron's args cannot express {words}"]
     raise UnsupportedError(
         "Megatron arguments are written for SwiGLU, gated tanh GELU and squared ReLU only",
         expected="hidden_act silu",
@@ -119,14 +121,12 @@ def _megatron_activation(config: ModelConfig) -> tuple[dict[str, Any], list[str]
 
 
 def _megatron_window(config: ModelConfig) -> dict[str, Any]:
-    """The window, and which layers have it where some have not; the scale of the scores where it is no matter of head_dim."""
+    """The window, and which layers have it where some have not."""
     window, layers = config.fields.get("sliding_window"), range(config["num_hidden_layers"])
     types, every = config.fields.get("layer_types"), config.fields.get("sliding_window_pattern", 0)
     found: dict[str, Any] = {"window_size": None if window is None else (window - 1, 0)}
     if types or every:
         found["window_attn_skip_freq"] = [int(types[n] == "sliding_attention" if types else (n + 1) % every != 0) for n in layers]
-    if "query_pre_attn_scalar" in config.fields:
-        found["softmax_scale"] = config["query_pre_attn_scalar"] ** -0.5
     return found
 
 
@@ -262,11 +262,30 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
             f"family {found.name!r} has no args.{argument} = {arguments.get(argument)!r}",
             file=file,
             expected=usual,
-            remedy="Name another --family",
+            remedy="Name another --family, or give --config config.json",
         )
     if foreign := next((name for name in _OPTIONAL if fields[name] and name not in declared), None):
         raise UnsupportedError(f"family {found.name!r} has no {foreign}", file=file, actual=fields[foreign], remedy="Name another --family")
     return ModelConfig(found.name, _declared(found, fields, file))
+
+
+def check_norms(arguments: Mapping[str, Any], config: ModelConfig, file: str) -> None:
+    """Refuse a checkpoint whose norms are w where its config's family has 1 + w, or the reverse: no shape would tell.
+
+    Raises
+    ------
+    ConfigError
+        The args say otherwise than the config.
+    """
+    stored = arguments.get("apply_layernorm_1p", arguments.get("layernorm_zero_centered_gamma"))
+    wanted = config.fields.get("norm_zero_centered", False)
+    if stored is not None and bool(stored) != wanted:
+        raise ConfigError(
+            f"norms are stored in another way than those of family {config.family!r}",
+            file=file,
+            expected=f"apply_layernorm_1p {wanted}",
+            actual=stored,
+        )
 
 
 _OPTIONAL = ("num_experts", "shared_expert_intermediate_size")
@@ -285,11 +304,9 @@ _USUAL: Mapping[str, tuple[str, Any]] = {
 
 
 def _activation(arguments: Mapping[str, Any], swiglu: bool) -> dict[str, Any]:
-    """The MLP's kind; a gate that is no SwiGLU has an activation that args do not say."""
+    """The MLP's kind."""
     if swiglu:
-        return {"hidden_act": "silu", "gated_mlp": True}
-    if arguments.get("gated_linear_unit"):
-        return {"gated_mlp": True}
+        return {"gated_mlp": True, "hidden_act": "silu"}
     return {"gated_mlp": False, "hidden_act": "relu2" if arguments.get("squared_relu") else "gelu"}
 
 
