@@ -22,7 +22,6 @@ from ..errors import ConfigError, UnknownFamilyError, UnsupportedError
 from .tables import FAMILIES, ConfigRule, Family
 
 __all__ = [
-    "STRUCTURE",
     "ModelConfig",
     "check_types",
     "family_of",
@@ -99,6 +98,8 @@ def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], 
         if other := next((k for k, v in found.items() if v != value), None):
             raise ConfigError(f"{key} and {other} disagree", file=file, expected=value, actual=found[other])
         return value
+    if rule.null is not None and any(key in raw for key in (rule.key, *rule.other_keys)):
+        return rule.null(fields)
     if rule.default is None:
         raise ConfigError(f"the config lacks {rule.key!r}", file=file, remedy="Complete it, or give another with --config")
     return rule.default(fields)
@@ -107,7 +108,8 @@ def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], 
 _COUNTS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "shared_expert_intermediate_size",
-    "num_kv_heads", "word_embed_proj_dim", "num_ln_in_parallel_attn",
+    "n_shared_experts", "n_group", "topk_group", "sliding_window_pattern", "num_kv_heads", "word_embed_proj_dim",
+    "num_ln_in_parallel_attn",
 )  # fmt: skip
 _SWITCHES = (
     "tie_word_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm", "norm_topk_prob", "shared_expert_gate",
@@ -115,7 +117,11 @@ _SWITCHES = (
     "scale_attn_by_inverse_layer_idx", "do_layer_norm_before", "remove_final_layer_norm", "norm_affine",
     "apply_residual_connection_post_layernorm",
 )  # fmt: skip
-_NUMBERS = ("max_position_embeddings", "rms_norm_eps", "rope_theta", "router_aux_loss_coef", "partial_rotary_factor")
+_NUMBERS = (
+    "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "query_pre_attn_scalar",
+    "router_aux_loss_coef", "routed_scaling_factor",
+)  # fmt: skip
+_LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
 def _check_count(name: str, fields: Mapping[str, Any], file: str) -> None:
@@ -145,9 +151,7 @@ def check_types(fields: Mapping[str, Any], file: str) -> None:
         raise ConfigError("the factor of rope_scaling must be a number", file=file, actual=repr(scaling["factor"]))
     if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
         raise ConfigError("sliding_window must be an integer", file=file, actual=repr(window))
-    dense = fields.get("mlp_only_layers", [])
-    if not isinstance(dense, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in dense):
-        raise ConfigError("mlp_only_layers must be a list of layer numbers", file=file, actual=repr(dense))
+    _check_layers(fields, file)
     heads, groups = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
     if heads and groups and heads % groups:
         raise ConfigError("key/value heads do not divide the attention heads", file=file, expected=f"a divisor of {heads}", actual=groups)
@@ -156,15 +160,35 @@ def check_types(fields: Mapping[str, Any], file: str) -> None:
         raise ConfigError("a token is sent to more experts than there are", file=file, expected=f"at most {experts}", actual=chosen)
 
 
+def _check_layers(fields: Mapping[str, Any], file: str) -> None:
+    """What the config says of single layers."""
+    first = fields.get("first_k_dense_replace", 0)
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise ConfigError("first_k_dense_replace must be a number of layers", file=file, actual=repr(first))
+    types, layers = fields.get("layer_types"), fields.get("num_hidden_layers")
+    if types is not None and (not isinstance(types, list) or len(types) != layers or not set(types) <= set(_LAYER_TYPES)):
+        raise ConfigError("layer_types must name each layer's attention", file=file, expected=f"{layers} of {_LAYER_TYPES}", actual=types)
+    dense = fields.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in dense):
+        raise ConfigError("mlp_only_layers must be a list of layer numbers", file=file, actual=repr(dense))
+
+
 def _plain_rope(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """RoPE under its older spelling, whichever the file has."""
+    """RoPE under its older spelling, whichever the file has: ``rope_theta``, ``rope_scaling``, ``partial_rotary_factor``, and
+    ``rope_local_base_freq`` where layers with a window have a base of their own."""
     plain = dict(raw)
     parameters = raw.get("rope_parameters")
     if isinstance(parameters, Mapping):
-        scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
-        found = {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta")), "rope_scaling": _scaling(scaling)}
+        found: dict[str, Any] = {}
+        if "sliding_attention" in parameters:
+            local, parameters = parameters["sliding_attention"], parameters.get("full_attention") or {}
+            found["rope_local_base_freq"] = local.get("rope_theta", raw.get("rope_local_base_freq"))
+            if _scaling(local) is not None:
+                raise ConfigError("RoPE is scaled in layers with a window, which no family here has", file=file, actual=local)
         if "partial_rotary_factor" in parameters:
             found["partial_rotary_factor"] = parameters["partial_rotary_factor"]
+        scaling = {k: v for k, v in parameters.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        found |= {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta")), "rope_scaling": _scaling(scaling)}
         for key, value in found.items():
             other = _scaling(raw.get(key)) if key == "rope_scaling" else raw.get(key)
             if raw.get(key) is not None and other != value:
@@ -221,7 +245,7 @@ def to_huggingface(config: ModelConfig, family: Family, dtype: str, base: Mappin
                 expected=made[rule.key],
                 actual=value,
             )
-        elif rule.key not in ("rope_theta", "rope_scaling"):
+        elif rule.key not in _ROPE:
             made[rule.key] = value
     if "rope_theta" in config.fields:
         made.update(_both_ropes(config))
@@ -234,46 +258,42 @@ def _expect_fixed(rule: ConfigRule, value: Any, config: ModelConfig) -> None:
         raise UnsupportedError(f"family {config.family!r} fixes {rule.name}", expected=fixed, actual=value, remedy="Name another --family")
 
 
+_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
+
+
 def _both_ropes(config: ModelConfig) -> dict[str, Any]:
-    theta, scaling = config["rope_theta"], config.fields.get("rope_scaling")
-    part = {name: config[name] for name in ("partial_rotary_factor",) if name in config.fields}
-    return {
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": theta, **part, **(scaling or {"rope_type": "default"})},
-    }
-
-
-STRUCTURE: Mapping[str, Any] = {
-    "normalization": "RMSNorm",
-    "gated_mlp": True,
-    "position_embedding_type": "rope",
-    "partial_rotary_factor": 1.0,
-}
-"""Fields that say what a model is built of, and what a family has that does not declare them."""
+    plain = {key: config[key] for key in _ROPE if key in config.fields}
+    scaling, local = plain.setdefault("rope_scaling", None), plain.get("rope_local_base_freq")
+    parameters = {"rope_theta": plain["rope_theta"], **(scaling or {"rope_type": "default"})}
+    if "partial_rotary_factor" in plain:
+        parameters["partial_rotary_factor"] = plain["partial_rotary_factor"]
+    if local is not None:
+        parameters = {"full_attention": parameters, "sliding_attention": {"rope_theta": local, "rope_type": "default"}}
+    return {**plain, "rope_parameters": parameters}
 
 
 _WORDS = ("true", "false", "none")
 
 
-def misfit(family: Family, fields: Mapping[str, Any]) -> tuple[str, Any] | None:
-    """A field of `STRUCTURE` in which a model of these fields is not of this family, and what the family has.
+def misfit(family: Family, fields: Mapping[str, Any], usual: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """A field in which a model of these fields is not of this family, and what the family has.
 
-    Fields that the family reads from its config, or that follow from such, fit.
+    `usual` names the fields and what a family has that does not declare them. Those that the family reads from its config, or
+    that follow from such, fit.
     """
     rules = {rule.name: rule for rule in family.config}
-    for name, usual in STRUCTURE.items():
+    for name, common in usual.items():
         rule = rules.get(name)
         if rule is not None and (rule.key is not None or rule.default is None or rule.default.names - set(fields) - set(_WORDS)):
             continue
-        wanted = usual if rule is None or rule.default is None else rule.default(fields)
-        if fields.get(name, usual) != wanted:
+        wanted = common if rule is None or rule.default is None else rule.default(fields)
+        if fields.get(name, common) != wanted:
             return name, wanted
     return None
 
 
-def infer_family(fields: Mapping[str, Any], file: str) -> Family:
-    """The one family whose ``infer`` condition holds, and whose models are built like this one.
+def infer_family(fields: Mapping[str, Any], file: str, usual: Mapping[str, Any] | None = None) -> Family:
+    """The one family whose ``infer`` condition holds, and which these fields fit (`misfit`).
 
     Raises
     ------
@@ -281,7 +301,7 @@ def infer_family(fields: Mapping[str, Any], file: str) -> Family:
         None or several do.
     """
     told = [family for family in FAMILIES if family.infer.names <= set(fields) | set(_WORDS) and family.infer(fields)]
-    found = [family for family in told if misfit(family, fields) is None]
+    found = [family for family in told if misfit(family, fields, usual or {}) is None]
     if len(found) != 1:
         raise ConfigError(
             "the family cannot be told from the args", file=file, actual=[f.name for f in found], remedy="Name it with --family"

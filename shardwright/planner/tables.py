@@ -18,6 +18,7 @@ make each expert's part. Boundary: no checkpoint, no shapes yet.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -51,6 +52,7 @@ __all__ = [
 STAGES = ("first", "last", "layer")
 ALWAYS = parse("true")
 BASE_SPELLING = "base-model"
+_FIELD = re.compile(r"\{(\w+)\}")
 STACK = "stack_experts"
 DIALECT_WORDS: Mapping[str, Any] = {"moe": False, "gated_mlp": True, "num_experts": 0, "tie_word_embeddings": False}
 """What a dialect may ask of every family, and the answer of a family that does not say."""
@@ -60,12 +62,13 @@ _SCOPE = {"family", "layer", "tp", "pp", "vpp", "ep", "padded_vocab_size", "true
 @dataclass(frozen=True, slots=True)
 class ConfigRule:
     """One canonical field: the config.json key that holds it (and others that some versions write instead), what transformers
-    assumes without it, or a fixed value."""
+    assumes without it, what null means where that is something else, or a fixed value."""
 
     name: str
     key: str | None
     default: Expression | None
     other_keys: tuple[str, ...] = ()
+    null: Expression | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +94,15 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class Ignore:
-    """Stored tensors that are left out and listed, and why."""
+    """Stored tensors that are left out and listed, and why. A family's pattern may count on the config:
+    ``model.layers.{num_hidden_layers}.*``."""
 
     pattern: str
     reason: str
+
+    def of(self, fields: Mapping[str, Any]) -> Ignore:
+        """The same with the config's numbers in place."""
+        return replace(self, pattern=_FIELD.sub(lambda match: str(fields[match[1]]), self.pattern))
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +243,9 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     refuse = {name: _refusals(found, f"{origin} [refuse] {name}") for name, found in table_of(table, "refuse", origin).items()}
     _fields_known([(f"[refuse] {name}", r.when) for name, found in refuse.items() for r in found], fields, origin)
     _fields_known([(f"[[row]] {i + 1}", row.when) for i, row in enumerate(rows)], fields | _SCOPE | set(DIALECT_WORDS), origin)
+    ignore = _ignores(table, origin)
+    if unknown := {name for i in ignore for name in _FIELD.findall(i.pattern)} - {rule.name for rule in rules}:
+        raise TableError("a pattern counts on a field that is not in [config]", file=f"{origin} [[ignore]]", actual=min(unknown))
     if any("{expert}" in t.name for t in tensors) and "num_experts" not in fields:
         raise TableError("tensors of experts need the config field num_experts", file=origin)
     return Family(
@@ -246,7 +257,7 @@ def _family(table: dict[str, Any], origin: str) -> Family:
         rules,
         tensors,
         aliases,
-        _ignores(table, origin),
+        ignore,
         tuple(texts_of(table, "keep_dtype", origin)),
         spellings,
         rows,
@@ -317,13 +328,15 @@ def _alias(entry: dict[str, Any], where: str, known: set[str]) -> Alias:
 def _config_rule(name: str, rule: Any, where: str) -> ConfigRule:
     if (
         not isinstance(rule, dict)
-        or not set(rule) <= {"key", "default", "value"}
+        or not set(rule) <= {"key", "default", "null", "value"}
+        or {"null", "value"} <= set(rule)
         or ("value" in rule) == ("key" in rule)
         or not all(isinstance(key, str) for key in listed(rule.get("key", "")) or [None])
     ):
-        raise TableError('a config field is { key = "…", default = "…" } or { value = "…" }', file=where, actual=rule)
+        raise TableError('a config field is { key = "…", default = "…", null = "…" } or { value = "…" }', file=where, actual=rule)
     text, keys = rule.get("value", rule.get("default")), listed(rule.get("key", []))
-    return ConfigRule(name, keys[0] if keys else None, None if text is None else parse(text, where), tuple(keys[1:]))
+    default, null = (None if part is None else parse(part, where) for part in (text, rule.get("null")))
+    return ConfigRule(name, keys[0] if keys else None, default, tuple(keys[1:]), null)
 
 
 def _dialect(table: dict[str, Any], origin: str) -> Dialect:

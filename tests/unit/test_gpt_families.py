@@ -270,7 +270,6 @@ def test_args_are_no_evidence_of_a_relu():
         ("gpt2", {"position_embedding_type": "rope"}, "family 'gpt2' has no args.position_embedding_type = 'rope'"),
         ("gpt2", {"normalization": "RMSNorm"}, "args.normalization = 'RMSNorm'.*expected LayerNorm"),
         ("gpt2", {"swiglu": True}, "args.swiglu = True"),
-        ("gpt2", {"squared_relu": True}, "args.squared_relu = True"),
         ("gpt_neox", {}, "args.position_embedding_type = 'learned_absolute'"),
         ("llama", {}, "args.normalization = 'LayerNorm'"),
     ],
