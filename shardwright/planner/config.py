@@ -172,8 +172,7 @@ def _plain_rope(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
                 raise ConfigError("RoPE is scaled in layers with a window, which no family here has", file=file, actual=local)
         if "partial_rotary_factor" in parameters:
             found["partial_rotary_factor"] = parameters["partial_rotary_factor"]
-        scaling = {k: v for k, v in parameters.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        found |= {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta")), "rope_scaling": _scaling(scaling)}
+        found |= {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta")), "rope_scaling": _scaling(parameters)}
         for key, value in found.items():
             other = _scaling(raw.get(key)) if key == "rope_scaling" else raw.get(key)
             if raw.get(key) is not None and other != value:
@@ -191,7 +190,8 @@ def _scaling(scaling: Any) -> dict[str, Any] | None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return None
-    return {"rope_type": kind, **{k: v for k, v in scaling.items() if k not in ("rope_type", "type", "rope_theta")}}
+    elsewhere = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    return {"rope_type": kind, **{k: v for k, v in scaling.items() if k not in elsewhere}}
 
 
 def layer_scope(family: Family, fields: Mapping[str, Any], layer: int) -> dict[str, Any]:
