@@ -187,8 +187,7 @@ def _plain_rope(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
                 raise ConfigError("RoPE is scaled in layers with a window, which no family here has", file=file, actual=local)
         if "partial_rotary_factor" in parameters:
             found["partial_rotary_factor"] = parameters["partial_rotary_factor"]
-        scaling = {k: v for k, v in parameters.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        found |= {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta")), "rope_scaling": _scaling(scaling)}
+        found |= {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta")), "rope_scaling": _scaling(parameters)}
         for key, value in found.items():
             other = _scaling(raw.get(key)) if key == "rope_scaling" else raw.get(key)
             if raw.get(key) is not None and other != value:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import shardwright as sw
 from shardwright import Layout
 from shardwright.errors import UnsupportedError
+from shardwright.planner.config import to_huggingface
 from tests.clients import hf_models
 from tests.clients.hf_models import Case
 from tests.clients.judge import (
@@ -205,6 +206,22 @@ def test_gemma_is_not_guessed_from_args(source: Callable[..., Path], tmp_path: P
     opened = sw.open(there, config=source("gemma") / "config.json")
     sw.convert(opened, tmp_path / "back", to="huggingface", memory=MEMORY)
     assert torch.equal(huggingface_logits(tmp_path / "back"), huggingface_logits(source("gemma")))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_written_anew_means_the_same(case: str, source: Callable[..., Path], tmp_path: Path) -> None:
+    """transformers reads the same settings out of a config.json that is made from the canonical fields alone."""
+    from transformers import AutoConfig
+
+    opened = sw.open(source(case)).source
+    (tmp_path / "config.json").write_text(json.dumps(to_huggingface(opened.config, opened.family, "float32", None)))
+    found, wanted = (AutoConfig.from_pretrained(folder).to_dict() for folder in (tmp_path, source(case)))
+    different = {key: found.get(key) for key in wanted if key not in _OTHERS and (found.get(key) or None) != (wanted[key] or None)}
+    assert not different
+
+
+_OTHERS = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_name_or_path")
+"""Not the model's."""
 
 
 def _forgetful(there: Path) -> Path:
