@@ -22,7 +22,17 @@ from ..errors import ConfigError, UnknownFamilyError, UnsupportedError, short
 from .layout import MOST_LAYERS
 from .tables import FAMILIES, ConfigRule, Family
 
-__all__ = ["ModelConfig", "family_of", "from_huggingface", "infer_family", "is_number", "layer_scope", "to_huggingface", "valid"]
+__all__ = [
+    "ModelConfig",
+    "family_of",
+    "from_huggingface",
+    "infer_family",
+    "is_number",
+    "layer_scope",
+    "misfit",
+    "to_huggingface",
+    "valid",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +99,8 @@ def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], 
         if other := next((k for k, v in found.items() if v != value), None):
             raise ConfigError(f"{key} and {other} disagree", file=file, expected=short(value), actual=short(found[other]))
         return value
+    if rule.null is not None and any(key in raw for key in (rule.key, *rule.other_keys)):
+        return rule.null(fields)
     if rule.default is None:
         raise ConfigError(f"the config lacks {rule.key!r}", file=file, remedy="Complete it, or give another with --config")
     return rule.default(fields)
@@ -97,9 +109,22 @@ def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], 
 _COUNTS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "shared_expert_intermediate_size",
+    "n_shared_experts", "n_group", "topk_group", "sliding_window_pattern", "num_kv_heads", "word_embed_proj_dim",
+    "num_ln_in_parallel_attn",
 )  # fmt: skip
-_SWITCHES = ("tie_word_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm", "norm_topk_prob", "shared_expert_gate")
-_NUMBERS = ("max_position_embeddings", "rms_norm_eps", "rope_theta", "router_aux_loss_coef")
+_SWITCHES = (
+    "tie_word_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm", "norm_topk_prob", "shared_expert_gate",
+    "gated_mlp", "parallel_residual", "new_decoder_architecture", "multi_query", "alibi", "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx", "do_layer_norm_before", "remove_final_layer_norm", "norm_affine",
+    "apply_residual_connection_post_layernorm",
+)  # fmt: skip
+_NUMBERS = (
+    "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "query_pre_attn_scalar",
+    "router_aux_loss_coef", "routed_scaling_factor",
+)  # fmt: skip
+_NAMES = ("hidden_act", "activation", "normalization", "position_embedding_type", "scoring_func", "topk_method")
+_WHOLE = {"first_k_dense_replace": "layers", "num_nextn_predict_layers": "layers", "position_offset": "rows"}
+_LAYER_TYPES = ("sliding_attention", "full_attention")
 _LARGEST_COUNT = 1 << 32
 """Extents are products of at most a few of these; layers are listed, so there may be fewer of them, as of experts."""
 _MOST_EXPERTS = 1 << 18
@@ -125,12 +150,18 @@ def valid(fields: Mapping[str, Any], file: str) -> Mapping[str, Any]:
     for name in _NUMBERS:
         if not is_number(value := fields.get(name, 1)):
             raise ConfigError(f"{name} must be a number", file=file, actual=short(value))
-    if not isinstance(act := fields.get("hidden_act", ""), str):
-        raise ConfigError("hidden_act must be a name", file=file, actual=short(act))
+    for name in _NAMES:
+        if not isinstance(fields.get(name, ""), str):
+            raise ConfigError(f"{name} must be a name", file=file, actual=short(fields[name]))
     _check_scaling(fields.get("rope_scaling"), file)
     window = fields.get("sliding_window")
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or not abs(window) <= _LARGEST_COUNT):
         raise ConfigError("sliding_window must be an integer", file=file, actual=short(window))
+    for name, what in _WHOLE.items():
+        value = fields.get(name, 0)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LARGEST_COUNT:
+            raise ConfigError(f"{name} must be a number of {what}", file=file, actual=short(value))
+    _check_layers(fields, file)
     heads, groups = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
     if heads and groups and heads % groups:
         raise ConfigError("key/value heads do not divide the attention heads", file=file, expected=f"a divisor of {heads}", actual=groups)
@@ -151,9 +182,6 @@ def _check_experts(fields: Mapping[str, Any], file: str) -> None:
         raise ConfigError(
             "more experts than any model has", file=file, expected=f"at most {_MOST_EXPERTS:,} in all layers", actual=layers * experts
         )
-    dense = fields.get("mlp_only_layers", [])
-    if not isinstance(dense, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in dense):
-        raise ConfigError("mlp_only_layers must be a list of layer numbers", file=file, actual=short(dense))
     # An expression of a table may look through a list once per layer.
     if long := next((name for name, value in fields.items() if isinstance(value, list) and len(value) * layers > _MOST_LOOKS), None):
         raise ConfigError(
@@ -181,15 +209,37 @@ def _check_scaling(scaling: Any, file: str) -> None:
         raise ConfigError("the factor of rope_scaling must be a number", file=file, actual=short(factor))
 
 
+def _check_layers(fields: Mapping[str, Any], file: str) -> None:
+    """What the config says of single layers."""
+    types, layers = fields.get("layer_types"), fields.get("num_hidden_layers")
+    if types is not None and (not isinstance(types, list) or len(types) != layers or not all(kind in _LAYER_TYPES for kind in types)):
+        raise ConfigError(
+            "layer_types must name each layer's attention", file=file, expected=f"{layers} of {_LAYER_TYPES}", actual=short(types)
+        )
+    dense = fields.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in dense):
+        raise ConfigError("mlp_only_layers must be a list of layer numbers", file=file, actual=short(dense))
+
+
 def _plain_rope(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """RoPE under its older spelling, whichever the file has."""
+    """RoPE under its older spelling, whichever the file has: ``rope_theta``, ``rope_scaling``, ``partial_rotary_factor``, and
+    ``rope_local_base_freq`` where layers with a window have a base of their own."""
     plain = dict(raw)
     parameters = raw.get("rope_parameters")
     if parameters is not None and not isinstance(parameters, Mapping):
         raise ConfigError("rope_parameters must be an object", file=file, actual=short(parameters))
     if isinstance(parameters, Mapping):
-        scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
-        found = {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta")), "rope_scaling": _scaling(scaling)}
+        found: dict[str, Any] = {}
+        if "sliding_attention" in parameters:
+            local, parameters = parameters["sliding_attention"], parameters.get("full_attention") or {}
+            if not isinstance(local, Mapping) or not isinstance(parameters, Mapping):
+                raise ConfigError("rope_parameters of a kind of layer must be an object", file=file, actual=short(raw["rope_parameters"]))
+            found["rope_local_base_freq"] = local.get("rope_theta", raw.get("rope_local_base_freq"))
+            if _scaling(local) is not None:
+                raise ConfigError("RoPE is scaled in layers with a window, which no family here has", file=file, actual=short(local))
+        if "partial_rotary_factor" in parameters:
+            found["partial_rotary_factor"] = parameters["partial_rotary_factor"]
+        found |= {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta")), "rope_scaling": _scaling(parameters)}
         for key, value in found.items():
             other = _scaling(raw.get(key)) if key == "rope_scaling" else raw.get(key)
             if raw.get(key) is not None and other != value:
@@ -207,7 +257,8 @@ def _scaling(scaling: Any) -> Any:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return None
-    return {"rope_type": kind, **{k: v for k, v in scaling.items() if k not in ("rope_type", "type", "rope_theta")}}
+    elsewhere = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    return {"rope_type": kind, **{k: v for k, v in scaling.items() if k not in elsewhere}}
 
 
 def layer_scope(family: Family, fields: Mapping[str, Any], layer: int) -> dict[str, Any]:
@@ -245,7 +296,7 @@ def to_huggingface(config: ModelConfig, family: Family, dtype: str, base: Mappin
                 expected=made[rule.key],
                 actual=value,
             )
-        elif rule.key not in ("rope_theta", "rope_scaling"):
+        elif rule.key not in _ROPE:
             made[rule.key] = value
     if "rope_theta" in config.fields:
         made.update(_both_ropes(config))
@@ -258,24 +309,50 @@ def _expect_fixed(rule: ConfigRule, value: Any, config: ModelConfig) -> None:
         raise UnsupportedError(f"family {config.family!r} fixes {rule.name}", expected=fixed, actual=value, remedy="Name another --family")
 
 
+_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
+
+
 def _both_ropes(config: ModelConfig) -> dict[str, Any]:
-    theta, scaling = config["rope_theta"], config.fields.get("rope_scaling")
-    return {
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})},
-    }
+    plain = {key: config[key] for key in _ROPE if key in config.fields}
+    scaling, local = plain.setdefault("rope_scaling", None), plain.get("rope_local_base_freq")
+    parameters = {"rope_theta": plain["rope_theta"], **(scaling or {"rope_type": "default"})}
+    if "partial_rotary_factor" in plain:
+        parameters["partial_rotary_factor"] = plain["partial_rotary_factor"]
+    if local is not None:
+        parameters = {"full_attention": parameters, "sliding_attention": {"rope_theta": local, "rope_type": "default"}}
+    return {**plain, "rope_parameters": parameters}
 
 
-def infer_family(fields: Mapping[str, Any], file: str) -> Family:
-    """The one family whose ``infer`` condition holds.
+_WORDS = ("true", "false", "none")
+
+
+def misfit(family: Family, fields: Mapping[str, Any], usual: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """A field in which a model of these fields is not of this family, and what the family has.
+
+    `usual` names the fields and what a family has that does not declare them. Those that the family reads from its config, or
+    that follow from such, fit.
+    """
+    rules = {rule.name: rule for rule in family.config}
+    for name, common in usual.items():
+        rule = rules.get(name)
+        if rule is not None and (rule.key is not None or rule.default is None or rule.default.names - set(fields) - set(_WORDS)):
+            continue
+        wanted = common if rule is None or rule.default is None else rule.default(fields)
+        if fields.get(name, common) != wanted:
+            return name, wanted
+    return None
+
+
+def infer_family(fields: Mapping[str, Any], file: str, usual: Mapping[str, Any] | None = None) -> Family:
+    """The one family whose ``infer`` condition holds, and which these fields fit (`misfit`).
 
     Raises
     ------
     ConfigError
         None or several do.
     """
-    found = [family for family in FAMILIES if family.infer.names <= set(fields) | {"true", "false", "none"} and family.infer(fields)]
+    told = [family for family in FAMILIES if family.infer.names <= set(fields) | set(_WORDS) and family.infer(fields)]
+    found = [family for family in told if misfit(family, fields, usual or {}) is None]
     if len(found) != 1:
         raise ConfigError(
             "the family cannot be told from the args", file=file, actual=[f.name for f in found], remedy="Name it with --family"

@@ -4,10 +4,17 @@
 * args → canonical: `from_megatron`, for a family that the user names or that the arguments tell. Nothing is defaulted in
   silence: an argument is there, or Megatron-LM's own default for its absence is taken, or the checkpoint is refused.
 
+Activations: SwiGLU and squared ReLU have arguments; another gate has none, and ``activation_func``, ``gated_linear_unit`` and
+``softmax_scale`` have no flags (source: Megatron-LM ``training/arguments.py``, the fields that its flags leave out). Such a model's
+args say no gate: Megatron refuses the tensors, and does not compute something else. Without either, the MLP is GELU, and its fusion
+with the bias (``bias_gelu_fusion``) computes the tanh approximation (source: ``core_transformer_config_from_args``, Megatron-core
+``fusions/fused_bias_gelu.py``).
+
 Experts: ``moe_layer_freq`` (1 and 0 per layer, or every n-th) says what a family's word ``moe`` says; softmax before the
 choice of experts (``moe_router_pre_softmax``) is Hugging Face's ``norm_topk_prob = false``, since choosing first and then
-taking the softmax of the chosen is the same as normalising afterwards
-(source: Megatron-core ``transformer/moe/moe_utils.topk_routing_with_score_function``).
+taking the softmax of the chosen is the same as normalising afterwards. With sigmoid scores Megatron always normalises, and
+ranks groups of experts by the sum of their best ``topk // group_topk``, Hugging Face by that of their best two
+(source: Megatron-core ``transformer/moe/moe_utils.topk_routing_with_score_function``, ``group_limited_topk``).
 Boundary: dictionaries in, dictionaries out.
 """
 
@@ -17,10 +24,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedError, short
-from .config import ModelConfig, infer_family, is_number, layer_scope, valid
-from .tables import DIALECT_WORDS, Family
+from .config import ModelConfig, infer_family, is_number, layer_scope, misfit, valid
+from .tables import DIALECT_WORDS, FAMILIES, Family
 
-__all__ = ["from_megatron", "to_megatron"]
+__all__ = ["check_norms", "from_megatron", "to_megatron"]
 
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Megatron-core's ``use_rope_scaling`` hard-codes (models/common/embeddings/rotary_pos_embedding.py)."""
@@ -35,17 +42,26 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
         Megatron-core cannot build this model.
     """
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    if config["hidden_act"] not in ("silu", "swish"):
-        raise UnsupportedError(
-            "Megatron arguments are written for SwiGLU models only", expected="hidden_act silu", actual=config["hidden_act"]
-        )
+    built = {name: config.fields.get(name, usual) for name, (_, usual) in _USUAL.items()}
+    for name, what in _NEVER.items():
+        if config.fields.get(name):
+            raise UnsupportedError(f"Megatron-core has no {what}", actual=f"{name} {short(config[name])}")
     if config["attention_out_bias"] != config["mlp_bias"] or (config["mlp_bias"] and not config["qkv_bias"]):
         raise UnsupportedError(
             "Megatron's add_bias_linear gives a bias to attention output and MLP together, and to QKV with them",
             actual={k: config[k] for k in ("qkv_bias", "attention_out_bias", "mlp_bias")},
         )
-    rope, warnings = _megatron_rope(config)
-    window = config.fields.get("sliding_window")
+    activation, warnings = _megatron_activation(config)
+    rope, more = _megatron_rope(config) if built["position_embedding_type"] == "rope" else ({}, [])
+    warnings += more + [f"Megatron's args cannot express {text}" for name, text in _UNSAID.items() if config.fields.get(name)]
+    if (scalar := config.fields.get("query_pre_attn_scalar", config["head_dim"])) != config["head_dim"]:
+        warnings.append(f"Megatron's args cannot express scores divided by the root of {scalar}; set softmax_scale when you launch")
+    if config.fields.get("qk_norm_over_heads") and groups != heads:
+        raise UnsupportedError(
+            "Megatron-Bridge's OLMoESelfAttention norms keys over as many heads as queries",
+            expected=f"{heads} key/value heads",
+            actual=groups,
+        )
     arguments = {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -55,25 +71,98 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
         "num_query_groups": groups,
         "kv_channels": config["head_dim"],
         "vocab_size": config["vocab_size"],
-        "max_position_embeddings": config["max_position_embeddings"],
+        "max_position_embeddings": config["max_position_embeddings"] + config.fields.get("position_offset", 0),
         "seq_length": config["max_position_embeddings"],
-        "normalization": "RMSNorm",
+        "normalization": built["normalization"],
         "norm_epsilon": config["rms_norm_eps"],
-        "position_embedding_type": "rope",
-        "rotary_percent": 1.0,
+        "position_embedding_type": built["position_embedding_type"],
+        "rotary_percent": built["partial_rotary_factor"],
         "rotary_interleaved": False,
         **rope,
-        "swiglu": True,
-        "squared_relu": False,
+        **activation,
         "add_bias_linear": config["mlp_bias"],
         "add_qkv_bias": config["qkv_bias"] and not config["mlp_bias"],
         "qk_layernorm": config["qk_norm"],
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
-        "apply_layernorm_1p": False,
-        "window_size": None if window is None else (window - 1, 0),
+        "apply_layernorm_1p": config.fields.get("norm_zero_centered", False),
+        **_megatron_window(config),
         **_megatron_experts(config, family),
     }
     return arguments, warnings
+
+
+_TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+"""Spellings of one function (source: transformers ``activations.py``)."""
+
+
+_NEVER = {
+    "clip_qkv": "clipped queries, keys and values",
+    "use_bidirectional_attention": "language model whose tokens see those after them",
+}
+"""What Megatron-core cannot do, by the field that asks for it."""
+_UNSAID = {
+    "scale_embeddings": "that embeddings are multiplied by the square root of hidden_size; Megatron-Bridge's Gemma models do that",
+    "post_norms": "norms on what attention and MLP give; Megatron-Bridge's Gemma layers have them (TERowParallelLinearLayerNorm)",
+    "attn_logit_softcapping": "soft-capped attention scores; Megatron-Bridge's Gemma 2 layers do that",
+    "final_logit_softcapping": "soft-capped logits; Megatron-Bridge's Gemma2OutputLayer does that",
+    "rope_local_base_freq": "another RoPE base in layers with a window; Megatron-Bridge's Gemma3RotaryEmbedding has both",
+    "qk_norm_over_heads": "one norm over all heads; Megatron-Bridge's OLMoESelfAttention has it, and runs at tensor parallel size 1 only",
+}
+"""What Megatron's args have no word for: for whoever launches, by field."""
+
+
+def _megatron_activation(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    kind, gated = config.fields.get("activation", config["hidden_act"]), config.fields.get("gated_mlp", True)
+    if kind in ("silu", "swish") and gated:
+        return {"swiglu": True, "squared_relu": False}, []
+    if kind == "relu2" and not gated:
+        return {"swiglu": False, "squared_relu": True}, []
+    if not gated:
+        fused = kind in _TANH_GELU and config["mlp_bias"]
+        told = [f"Megatron's args cannot express the activation {short(kind)} here; set activation_func when you launch"]
+        return {"swiglu": False, "squared_relu": False, "bias_gelu_fusion": fused}, [] if fused or kind == "gelu" else told
+    if kind == "gelu_pytorch_tanh" and gated:
+        words = f"a gate with {kind}; set gated_linear_unit and activation_func when you launch"
+        return {"swiglu": False, "squared_relu": False}, [f"Megatron's args cannot express {words}"]
+    raise UnsupportedError(
+        "Megatron arguments are written for gates of SwiGLU and tanh GELU only",
+        expected="hidden_act silu",
+        actual=f"{kind}, gated",
+    )
+
+
+def _megatron_window(config: ModelConfig) -> dict[str, Any]:
+    """The window, and which layers have it where some have not."""
+    window, layers = config.fields.get("sliding_window"), range(config["num_hidden_layers"])
+    types, every = config.fields.get("layer_types"), config.fields.get("sliding_window_pattern", 0)
+    found: dict[str, Any] = {"window_size": None if window is None else (window - 1, 0)}
+    if types or every:
+        found["window_attn_skip_freq"] = [int(types[n] == "sliding_attention" if types else (n + 1) % every != 0) for n in layers]
+    return found
+
+
+def _megatron_router(config: ModelConfig) -> dict[str, Any]:
+    """How experts are chosen."""
+    if config.fields.get("scoring_func", "softmax") == "softmax":
+        return {"moe_router_score_function": "softmax", "moe_router_pre_softmax": not config["norm_topk_prob"]}
+    chosen, groups, best = config["num_experts_per_tok"], config["n_group"], config["topk_group"]
+    if not config["norm_topk_prob"] and chosen > 1:
+        raise UnsupportedError("Megatron-core always normalises sigmoid scores", expected="norm_topk_prob true", actual=False)
+    if groups > 1 and chosen // best != 2:
+        raise UnsupportedError(
+            "Megatron-core ranks groups of experts by more or fewer than their best two",
+            expected=f"{2 * best} experts per token",
+            actual=chosen,
+        )
+    return {
+        "moe_router_score_function": config["scoring_func"],
+        "moe_router_pre_softmax": False,
+        "moe_router_dtype": "fp32",
+        "moe_router_enable_expert_bias": config["topk_method"] == "noaux_tc",
+        "moe_router_num_groups": groups if groups > 1 else None,
+        "moe_router_group_topk": best if groups > 1 else None,
+        "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
+    }
 
 
 def _megatron_experts(config: ModelConfig, family: Family) -> dict[str, Any]:
@@ -86,8 +175,7 @@ def _megatron_experts(config: ModelConfig, family: Family) -> dict[str, Any]:
         "moe_layer_freq": 1 if all(pattern) else pattern,
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
         "moe_router_topk": config["num_experts_per_tok"],
-        "moe_router_score_function": "softmax",
-        "moe_router_pre_softmax": not config["norm_topk_prob"],
+        **_megatron_router(config),
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": config["router_aux_loss_coef"],
         "moe_shared_expert_intermediate_size": shared or None,
@@ -110,7 +198,7 @@ def _megatron_rope(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
         return {**rope, "use_rope_scaling": True, "rope_scaling_factor": float(scaling.get("factor", 8.0))}, []
     if kind == "linear" and float(scaling.get("factor", 1.0)).is_integer():
         return {**rope, "rotary_seq_len_interpolation_factor": int(scaling.get("factor", 1))}, []
-    return rope, [f"Megatron's args cannot express this RoPE scaling; set it when you launch: {scaling}"]
+    return rope, [f"Megatron's args cannot express this RoPE scaling; set it when you launch: {short(scaling, 400)}"]
 
 
 def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_size: int | None, file: str) -> ModelConfig:
@@ -128,7 +216,7 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
     ConfigError
         An argument is missing, or the true vocabulary size is unknown.
     UnsupportedError
-        A model that no family here describes (LayerNorm, learned positions, partial rotary …).
+        A model that is built otherwise than the family, or than any family here.
     """
 
     def need(name: str) -> Any:
@@ -136,12 +224,8 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
             raise ConfigError(f"the checkpoint's args lack {name!r}", file=file, remedy="Give --family and --config config.json")
         return arguments[name]
 
-    for name, wanted in (("normalization", "RMSNorm"), ("position_embedding_type", "rope"), ("swiglu", True)):
-        if need(name) != wanted:
-            raise UnsupportedError(f"no family here has args.{name} = {short(arguments[name])}", file=file, expected=wanted)
-    for name, usual in _USUAL.items():
-        if arguments.get(name, usual) != usual:
-            raise UnsupportedError(f"no family here has args.{name} = {short(arguments[name])}", file=file, expected=usual)
+    if arguments.get("rotary_interleaved", False):
+        raise UnsupportedError("no family here has args.rotary_interleaved = True", file=file, expected=False)
     heads = need("num_attention_heads")
     vocab = vocab_size if vocab_size is not None else arguments.get("vocab_size")
     if vocab is None:
@@ -152,6 +236,7 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
             remedy="Give --vocab-size N",
         )
     linear_bias = bool(arguments.get("add_bias_linear", True))
+    rope = need("position_embedding_type") == "rope"
     fields = {
         "hidden_size": need("hidden_size"),
         "intermediate_size": need("ffn_hidden_size"),
@@ -162,34 +247,127 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
         "vocab_size": vocab,
         "max_position_embeddings": need("max_position_embeddings"),
         "rms_norm_eps": need("norm_epsilon"),
-        "hidden_act": "silu",
+        **_activation(arguments, need("swiglu")),
+        "normalization": need("normalization"),
+        "norm_zero_centered": bool(arguments.get("apply_layernorm_1p", False)),
         "tie_word_embeddings": not arguments.get("untie_embeddings_and_output_weights", False),
-        "rope_theta": _float(need("rotary_base"), "rotary_base", file),
-        "rope_scaling": _rope_from_megatron(arguments, file),
+        "position_embedding_type": arguments["position_embedding_type"],
+        **(_rope_from_megatron(arguments, need("rotary_base"), file) if rope else {}),
+        "partial_rotary_factor": _float(arguments.get("rotary_percent", 1.0), "rotary_percent", file) if rope else 1.0,
+        "original_max_position_embeddings": need("max_position_embeddings"),  # args that say no RoPE scaling say no other length
+        **_ALWAYS,
+        "word_embed_proj_dim": need("hidden_size"),
         "qkv_bias": linear_bias or bool(arguments.get("add_qkv_bias")),
         "attention_out_bias": linear_bias,
         "mlp_bias": linear_bias,
         "qk_norm": bool(arguments.get("qk_layernorm")),
         "sliding_window": _window(arguments.get("window_size"), file),
+        **dict.fromkeys(_NEVER),
         **_experts_from_megatron(arguments, need("num_layers"), file),
     }
     valid({name: value for name, value in fields.items() if value or name not in _OPTIONAL}, file)
-    found = family or infer_family(fields, file)
+    usual = {name: value for name, (_, value) in _USUAL.items()}
+    if family is None and not any(misfit(known, fields, usual) is None for known in FAMILIES):
+        unusual = [name for name, value in usual.items() if fields.get(name, value) != value]
+        raise UnsupportedError(
+            "no family here is built as the args say",
+            file=file,
+            expected={_USUAL[name][0]: usual[name] for name in unusual},
+            actual=short({_USUAL[name][0]: fields[name] for name in unusual}, 400),
+            remedy="Give --config config.json",
+        )
+    found = family or infer_family(fields, file, usual)
+    if other := misfit(found, fields, usual):
+        name = _USUAL[other[0]][0]
+        raise UnsupportedError(
+            f"family {found.name!r} has no args.{name} = {short(arguments.get(name))}",
+            file=file,
+            expected=other[1],
+            remedy="Name another --family, or give --config config.json",
+        )
     declared = {rule.name for rule in found.config}
     if foreign := next((name for name in _OPTIONAL if fields[name] and name not in declared), None):
         raise UnsupportedError(
             f"family {found.name!r} has no {foreign}", file=file, actual=short(fields[foreign]), remedy="Name another --family"
         )
+    fields["hidden_act"] = _spelled(arguments, found, fields, file)
+    fields["max_position_embeddings"] -= valid({"position_offset": _fixed(found, "position_offset", 0)}, file)["position_offset"]
     return ModelConfig(found.name, valid(_declared(found, fields, file), file))
+
+
+_ALWAYS = {
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "parallel_residual": False, "do_layer_norm_before": True,
+    "remove_final_layer_norm": False, "norm_affine": True,
+}  # fmt: skip
+"""What every model of Megatron-core has; tables refuse it the others."""
+
+
+def _fixed(family: Family, name: str, usual: Any) -> Any:
+    """What a family fixes a field at, whatever the other fields are."""
+    return next((rule.default({}) for rule in family.config if rule.name == name and rule.key is None and rule.default), usual)
+
+
+def _spelled(arguments: Mapping[str, Any], family: Family, fields: Mapping[str, Any], file: str) -> str:
+    """The activation as the family spells it.
+
+    Raises
+    ------
+    ConfigError
+        The family's usual one is none that args can say, so they are no evidence.
+    """
+    if fields["hidden_act"] != "gelu":
+        return str(fields["hidden_act"])
+    rule = next((rule for rule in family.config if rule.name == "hidden_act"), None)
+    own = rule.default(fields) if rule is not None and rule.default is not None else None
+    tanh = bool(arguments.get("bias_gelu_fusion", True)) and fields["mlp_bias"]
+    if own not in (None, "gelu", *_TANH_GELU):
+        raise ConfigError(
+            "the args do not say which activation the model has", file=file, expected=own, actual="GELU, as args say of any other",
+            remedy="Give --config config.json",
+        )  # fmt: skip
+    return (own if own in _TANH_GELU else "gelu_pytorch_tanh") if tanh else "gelu"
+
+
+def check_norms(arguments: Mapping[str, Any], config: ModelConfig, file: str) -> None:
+    """Refuse a checkpoint whose norms are w where its config's family has 1 + w, or the reverse: no shape would tell.
+
+    Raises
+    ------
+    ConfigError
+        The args say otherwise than the config.
+    """
+    stored = arguments.get("apply_layernorm_1p", arguments.get("layernorm_zero_centered_gamma"))
+    wanted = config.fields.get("norm_zero_centered", False)
+    if stored is not None and bool(stored) != wanted:
+        raise ConfigError(
+            f"norms are stored in another way than those of family {config.family!r}",
+            file=file,
+            expected=f"apply_layernorm_1p {wanted}",
+            actual=short(stored),
+        )
 
 
 _OPTIONAL = ("num_experts", "shared_expert_intermediate_size")
 """Sizes that are 0 where a model has no such part; a family that does not declare them has none."""
-_USUAL = {
-    "rotary_percent": 1.0, "rotary_interleaved": False, "apply_layernorm_1p": False, "moe_router_score_function": "softmax",
-    "moe_router_enable_expert_bias": False, "moe_router_num_groups": None, "moe_router_topk_scaling_factor": None,
-}  # fmt: skip
-"""What every family here has; another value is a model that no table describes."""
+_USUAL: Mapping[str, tuple[str, Any]] = {
+    "normalization": ("normalization", "RMSNorm"),
+    "gated_mlp": ("swiglu", True),
+    "position_embedding_type": ("position_embedding_type", "rope"),
+    "partial_rotary_factor": ("rotary_percent", 1.0),
+    "norm_zero_centered": ("apply_layernorm_1p", False),
+    "scoring_func": ("moe_router_score_function", "softmax"),
+    "topk_method": ("moe_router_enable_expert_bias", "greedy"),
+    "n_group": ("moe_router_num_groups", 1),
+    "routed_scaling_factor": ("moe_router_topk_scaling_factor", 1.0),
+}
+"""What a family has that does not declare the field, with the argument that says it."""
+
+
+def _activation(arguments: Mapping[str, Any], swiglu: bool) -> dict[str, Any]:
+    """The MLP's kind."""
+    if swiglu:
+        return {"gated_mlp": True, "hidden_act": "silu"}
+    return {"gated_mlp": False, "hidden_act": "relu2" if arguments.get("squared_relu") else "gelu"}
 
 
 def _declared(family: Family, fields: dict[str, Any], file: str) -> dict[str, Any]:
@@ -211,13 +389,23 @@ def _experts_from_megatron(arguments: Mapping[str, Any], layers: int, file: str)
         return {"num_experts": 0, "shared_expert_intermediate_size": 0, "shared_expert_gate": False, "dense_layers": False}
     valid({"num_hidden_layers": layers}, file)
     pattern = _pattern(arguments.get("moe_layer_freq", 1), layers, file)
-    shared = arguments.get("moe_shared_expert_intermediate_size") or 0
+    shared = _given(arguments, "moe_shared_expert_intermediate_size", 0)
+    each = _given(arguments, "moe_ffn_hidden_size", arguments["ffn_hidden_size"])
+    valid({"moe_intermediate_size": each, **({"shared_expert_intermediate_size": shared} if shared != 0 else {})}, file)
     dense = [layer for layer, moe in enumerate(pattern) if not moe]
     return {
         "num_experts": experts,
+        **({"first_k_dense_replace": len(dense)} if dense == list(range(len(dense))) else {}),
+        **({"n_shared_experts": shared // each} if shared % each == 0 and shared else {}),
         "num_experts_per_tok": arguments.get("moe_router_topk", 2),
-        "moe_intermediate_size": arguments.get("moe_ffn_hidden_size") or arguments["ffn_hidden_size"],
+        "moe_intermediate_size": each,
         "norm_topk_prob": not arguments.get("moe_router_pre_softmax", False),
+        "scoring_func": arguments.get("moe_router_score_function", "softmax"),
+        "topk_method": "noaux_tc" if arguments.get("moe_router_enable_expert_bias") else "greedy",
+        "n_group": _given(arguments, "moe_router_num_groups", 1),
+        "topk_group": _given(arguments, "moe_router_group_topk", 1),
+        "routed_scaling_factor": _given(arguments, "moe_router_topk_scaling_factor", 1.0),
+        "num_nextn_predict_layers": _given(arguments, "mtp_num_layers", 0),
         "router_aux_loss_coef": arguments.get("moe_aux_loss_coeff", 0.0),
         "shared_expert_intermediate_size": shared,
         "shared_expert_gate": bool(shared) and bool(arguments.get("moe_shared_expert_gate", False)),
@@ -225,6 +413,12 @@ def _experts_from_megatron(arguments: Mapping[str, Any], layers: int, file: str)
         "mlp_only_layers": dense,
         "dense_layers": bool(dense),
     }
+
+
+def _given(arguments: Mapping[str, Any], name: str, usual: Any) -> Any:
+    """An argument, or what Megatron takes for None."""
+    value = arguments.get(name)
+    return usual if value is None else value
 
 
 def _pattern(freq: Any, layers: int, file: str) -> Sequence[int]:
@@ -260,7 +454,11 @@ def _window(size: Any, file: str) -> int | None:
     return None if size[0] < 0 else size[0] + 1
 
 
-def _rope_from_megatron(arguments: Mapping[str, Any], file: str) -> dict[str, Any] | None:
+def _rope_from_megatron(arguments: Mapping[str, Any], base: Any, file: str) -> dict[str, Any]:
+    return {"rope_theta": _float(base, "rotary_base", file), "rope_scaling": _scaling_from_megatron(arguments, file)}
+
+
+def _scaling_from_megatron(arguments: Mapping[str, Any], file: str) -> dict[str, Any] | None:
     if arguments.get("use_rope_scaling"):
         return {
             "rope_type": "llama3",

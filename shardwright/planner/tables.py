@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import TableError, UnknownFamilyError, UsageError, short
+from ..errors import ConfigError, TableError, UnknownFamilyError, UsageError, short
 from ._toml import FAMILY_KEYS, entries_of, extended, known_keys, listed, read, table_of, text_of, texts_of
 from .expressions import Expression, parse
 from .layout import SPLITS
@@ -42,6 +43,7 @@ __all__ = [
     "Family",
     "HubTensor",
     "Ignore",
+    "Refusal",
     "Row",
     "load_dialect",
     "load_family",
@@ -50,23 +52,27 @@ __all__ = [
 
 STAGES = ("first", "last", "layer")
 ALWAYS = parse("true")
+BASE_SPELLING = "base-model"
+_FIELD = re.compile(r"\{(\w+)\}")
 STACK = "stack_experts"
 DIALECT_WORDS: Mapping[str, Any] = {"moe": False, "gated_mlp": True, "num_experts": 0, "tie_word_embeddings": False}
 """What a dialect may ask of every family, and the answer of a family that does not say."""
 _SCOPE = {"family", "layer", "tp", "pp", "vpp", "ep", "padded_vocab_size", "true", "false", "none"}
 _LONGEST_ARGUMENTS = 200
 _MOST_SPECS = 32
+_LARGEST_IN_PATTERN = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigRule:
     """One canonical field: the config.json key that holds it (and others that some versions write instead), what transformers
-    assumes without it, or a fixed value."""
+    assumes without it, what null means where that is something else, or a fixed value."""
 
     name: str
     key: str | None
     default: Expression | None
     other_keys: tuple[str, ...] = ()
+    null: Expression | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +98,34 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class Ignore:
-    """Stored tensors that are left out and listed, and why."""
+    """Stored tensors that are left out and listed, and why. A family's pattern may count on the config:
+    ``model.layers.{num_hidden_layers}.*``."""
 
     pattern: str
     reason: str
+
+    def of(self, fields: Mapping[str, Any]) -> Ignore:
+        """The same with the config's numbers in place.
+
+        Raises
+        ------
+        ConfigError
+            A field that the pattern counts on is no whole number.
+        """
+        for name in _FIELD.findall(self.pattern):
+            if not isinstance(fields[name], int) or not 0 <= fields[name] < _LARGEST_IN_PATTERN:
+                raise ConfigError(
+                    f"a pattern of tensors to leave out counts on {name}", expected="a whole number", actual=short(fields[name])
+                )
+        return replace(self, pattern=_FIELD.sub(lambda match: str(fields[match[1]]), self.pattern))
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a dialect cannot hold a family, or those of its models for which `when` holds."""
+
+    reason: str
+    when: Expression
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +141,9 @@ class Family:
     layer_words
         Words whose value depends on ``layer``; ``moe`` says whether it has experts.
     refuse
-        Dialect name → why it cannot hold this family.
+        Dialect name → why it cannot hold this family, or which of its models.
+    base_prefix
+        What files of the spelling `BASE_SPELLING` lack at the beginning of every name; empty where there is no such spelling.
     """
 
     name: str
@@ -127,7 +159,12 @@ class Family:
     spellings: tuple[str, ...]
     rows: tuple[Row, ...]
     layer_words: tuple[tuple[str, Expression], ...]
-    refuse: Mapping[str, str]
+    refuse: Mapping[str, tuple[Refusal, ...]]
+    base_prefix: str = ""
+
+    def stored_name(self, tensor: HubTensor, spelling: str) -> str:
+        """What the family's files call a hub tensor that no row of that spelling holds."""
+        return tensor.stored.removeprefix(self.base_prefix) if spelling == BASE_SPELLING else tensor.stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +242,10 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     words = tuple((key, parse(text, f"{origin} [layer] {key}")) for key, text in table_of(table, "layer", origin).items())
     spellings = _variants(table, "spellings", origin)
     rows = tuple(_row(entry, spellings, f"{origin} [[row]] {i + 1}") for i, entry in enumerate(entries_of(table, "row", origin)))
+    prefix = text_of(table, "base_prefix", origin, "the family") if "base_prefix" in table else ""
+    if prefix:
+        spellings, rows = _with_base(spellings, rows, prefix, origin)
+        _unique([t.stored.removeprefix(prefix) for t in tensors], origin, f"[[tensor]] {BASE_SPELLING}")
     for i, row in enumerate(rows):
         if unknown := set(row.hub) - known - {a.name for a in aliases}:
             raise TableError(
@@ -217,7 +258,12 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     _fields_known([(f"[layer] {name}", e) for name, e in words], fields, origin)
     fields |= {name for name, _ in words}
     _fields_known([(t.name, e) for t in tensors for e in (*t.shape, t.when)] + [(a.name, a.when) for a in aliases], fields, origin)
+    refuse = {name: _refusals(found, f"{origin} [refuse] {name}") for name, found in table_of(table, "refuse", origin).items()}
+    _fields_known([(f"[refuse] {name}", r.when) for name, found in refuse.items() for r in found], fields, origin)
     _fields_known([(f"[[row]] {i + 1}", row.when) for i, row in enumerate(rows)], fields | _SCOPE | set(DIALECT_WORDS), origin)
+    ignore = _ignores(table, origin)
+    if unknown := {name for i in ignore for name in _FIELD.findall(i.pattern)} - {rule.name for rule in rules}:
+        raise TableError("a pattern counts on a field that is not in [config]", file=f"{origin} [[ignore]]", actual=short(min(unknown)))
     if any("{expert}" in t.name for t in tensors) and "num_experts" not in fields:
         raise TableError("tensors of experts need the config field num_experts", file=origin)
     return Family(
@@ -229,13 +275,41 @@ def _family(table: dict[str, Any], origin: str) -> Family:
         rules,
         tensors,
         aliases,
-        _ignores(table, origin),
+        ignore,
         tuple(texts_of(table, "keep_dtype", origin)),
         spellings,
         rows,
         words,
-        {name: text_of(table_of(table, "refuse", origin), name, origin, "[refuse]") for name in table_of(table, "refuse", origin)},
+        refuse,
+        prefix,
     )
+
+
+def _with_base(spellings: tuple[str, ...], rows: tuple[Row, ...], prefix: str, origin: str) -> tuple[tuple[str, ...], tuple[Row, ...]]:
+    """The spellings and rows, and those of files saved from the model without its head, which lack the prefix."""
+    if "{" in prefix or not prefix.endswith(".") or BASE_SPELLING in spellings:
+        raise TableError(
+            f"base_prefix is what names begin with, up to a dot, and makes the spelling {BASE_SPELLING}", file=origin, actual=short(prefix)
+        )
+    known = spellings or ("causal-lm",)
+    named = []
+    for row in rows:
+        names = dict(row.names) if spellings else {known[0]: row.names[""]}
+        if known[0] in names:
+            names[BASE_SPELLING] = names[known[0]].removeprefix(prefix)
+        named.append(replace(row, names=names))
+    return (*known, BASE_SPELLING), tuple(named)
+
+
+def _refusals(found: Any, where: str) -> tuple[Refusal, ...]:
+    entries = [{"reason": found}] if isinstance(found, str) else listed(found)
+    refusals = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise TableError('a refusal is "why", or { when = "…", reason = "…" }, or several of these', file=where, actual=short(entry))
+        known_keys(entry, {"when", "reason"}, where, "a refusal")
+        refusals.append(Refusal(text_of(entry, "reason", where, "a refusal"), parse(entry.get("when", "true"), f"{where} when")))
+    return tuple(refusals)
 
 
 def _fields_known(expressions: Sequence[tuple[str, Expression]], fields: set[str], origin: str) -> None:
@@ -276,13 +350,15 @@ def _alias(entry: dict[str, Any], where: str, known: set[str]) -> Alias:
 def _config_rule(name: str, rule: Any, where: str) -> ConfigRule:
     if (
         not isinstance(rule, dict)
-        or not set(rule) <= {"key", "default", "value"}
+        or not set(rule) <= {"key", "default", "null", "value"}
+        or {"null", "value"} <= set(rule)
         or ("value" in rule) == ("key" in rule)
         or not all(isinstance(key, str) for key in listed(rule.get("key", "")) or [None])
     ):
-        raise TableError('a config field is { key = "…", default = "…" } or { value = "…" }', file=where, actual=short(rule))
+        raise TableError('a config field is { key = "…", default = "…", null = "…" } or { value = "…" }', file=where, actual=short(rule))
     text, keys = rule.get("value", rule.get("default")), listed(rule.get("key", []))
-    return ConfigRule(name, keys[0] if keys else None, None if text is None else parse(text, where), tuple(keys[1:]))
+    default, null = (None if part is None else parse(part, where) for part in (text, rule.get("null")))
+    return ConfigRule(name, keys[0] if keys else None, default, tuple(keys[1:]), null)
 
 
 def _dialect(table: dict[str, Any], origin: str) -> Dialect:

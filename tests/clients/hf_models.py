@@ -3,8 +3,8 @@
 1. Build the config of a case; the sizes are such that heads, rows, layers and the vocabulary divide unevenly wherever that
    is allowed: 131 words (padding matters), 12 layers (1, 2, 3 or 4 stages, and 2 chunks on each of 2 or 3), 12 experts
    (numbers of two digits; 1, 2, 3 or 4 expert ranks).
-2. Fill every parameter with distinct random values, norms and biases too, so that a lost, doubled or swapped tensor always
-   changes the logits.
+2. Fill every parameter and every saved buffer with distinct random values, norms and biases too, so that a lost, doubled or
+   swapped tensor always changes the logits.
 3. Save with transformers: safetensors in several files, or ``.bin`` files under the same names.
 """
 
@@ -144,10 +144,14 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
             # The scale keeps logits of order 1 at any width: a tolerance then means the same for all cases.
             values = 1 + 0.1 * noise if _is_norm(name, parameter) else noise * 0.8 / parameter.shape[-1] ** 0.5
             parameter.copy_(values.to(parameter.dtype))
+        stored = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in stored and buffer.is_floating_point():
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
 
 
 def _is_norm(name: str, parameter: torch.Tensor) -> bool:
-    return parameter.dim() == 1 and "norm" in name and name.endswith("weight")
+    return parameter.dim() == 1 and ("norm" in name or "ln_" in name) and name.endswith("weight")
 
 
 def _to_bin(folder: Path, max_shard_size: str) -> None:

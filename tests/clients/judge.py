@@ -43,9 +43,10 @@ def _cached_logits(folder: str) -> torch.Tensor:
     return logits(Path(folder), _ids())
 
 
-def megatron_logits(mcore: Megatron, folder: Path, layout: Layout) -> torch.Tensor:
+def megatron_logits(mcore: Megatron, folder: Path, layout: Layout, launch: tuple[str, ...] = ()) -> torch.Tensor:
     """Megatron-core's float32 logits of a checkpoint in this layout; names, shapes, dtypes and args must fit."""
-    return mcore.logits(folder, tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep, vocab=hf_models.VOCAB, ids=_ids())
+    sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "ep": layout.ep}
+    return mcore.logits(folder, **sizes, vocab=hf_models.VOCAB, ids=_ids(), launch=launch)
 
 
 def _ids() -> torch.Tensor:

@@ -52,7 +52,16 @@ class Megatron:
         self._pipe: Connection | None = None
 
     def logits(
-        self, folder: Path, *, tp: int = 1, pp: int = 1, vpp: int = 1, ep: int = 1, vocab: int, ids: torch.Tensor | None = None
+        self,
+        folder: Path,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        vpp: int = 1,
+        ep: int = 1,
+        vocab: int,
+        ids: torch.Tensor | None = None,
+        launch: tuple[str, ...] = (),
     ) -> torch.Tensor:
         """Load a checkpoint into Megatron's GPTModel and run it.
 
@@ -66,6 +75,8 @@ class Megatron:
             True vocabulary size; logits of the padding rows are cut off.
         ids
             Token ids; `hf_logits.token_ids` of ``vocab`` by default.
+        launch
+            What the checkpoint's ``args`` cannot say, and whoever launches must: names in `mcore_model.LAUNCH`.
 
         Returns
         -------
@@ -78,7 +89,7 @@ class Megatron:
             A file or an argument is missing, tensors are missing, unexpected or of the wrong shape or dtype, or the run fails.
         """
         ids = token_ids(vocab) if ids is None else ids
-        request = Request(str(Path(folder).absolute()), tp, pp, vpp, tuple(map(tuple, ids.tolist())), vocab, ep)
+        request = Request(str(Path(folder).absolute()), tp, pp, vpp, tuple(map(tuple, ids.tolist())), vocab, ep, launch)
         answer = self._ask(request)
         if isinstance(answer, str):
             raise MegatronError(answer)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ class Request:
     ids: tuple[tuple[int, ...], ...]
     vocab: int
     ep: int = 1
+    launch: tuple[str, ...] = ()
 
     @property
     def world(self) -> int:
@@ -132,22 +134,26 @@ def _demand(condition: bool, complaint: str) -> None:
 def _chunk(saved: Mapping[str, Any], request: Request, pp: int, v: int) -> torch.nn.Module:
     """Build one model chunk and fill it from the file."""
     first, last = pp == 0 and v == 0, pp == request.pp - 1 and v == request.vpp - 1
-    model = build(saved["args"], first, last, v if request.vpp > 1 else None)
+    model = build(saved["args"], first, last, v if request.vpp > 1 else None, request.launch)
     _load(model, saved["model" if request.vpp == 1 else f"model{v}"], saved["args"])
     return model
 
 
-def build(args: Namespace, first: bool, last: bool, vp_stage: int | None) -> torch.nn.Module:
-    """One chunk of the model that ``args`` describe, its parameters not yet filled."""
+LAUNCH = ("gelu_tanh", "relu", "scaled_embeddings", "norm_over_heads")
+"""What args cannot say: a gated tanh GELU; ReLU; embeddings times the square root of the hidden size; a norm over all heads at once."""
+
+
+def build(args: Namespace, first: bool, last: bool, vp_stage: int | None, launch: tuple[str, ...] = ()) -> torch.nn.Module:
+    """One chunk of the model that ``args`` and `launch` describe, its parameters not yet filled."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 
-    config = _transformer_config(args)
+    config = _transformer_config(args, launch)
     if config.num_moe_experts:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=args.normalization, vp_stage=vp_stage)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=args.padded_vocab_size,
@@ -158,26 +164,59 @@ def build(args: Namespace, first: bool, last: bool, vp_stage: int | None) -> tor
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,
         rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
+        rotary_base=getattr(args, "rotary_base", 10000),
         rope_scaling=getattr(args, "use_rope_scaling", False),
         rope_scaling_factor=getattr(args, "rope_scaling_factor", None) or 8.0,
         vp_stage=vp_stage,
-    ).eval()
+    )
+    if first and "scaled_embeddings" in launch:
+        model.embedding.register_forward_hook(lambda _module, _inputs, output: output * args.hidden_size**0.5)
+    if "norm_over_heads" in launch:
+        for layer in model.decoder.layers:
+            _norm_over_heads(layer.self_attention)
+    return model.eval()
 
 
-def _transformer_config(args: Namespace) -> Any:
-    """Megatron's ``core_transformer_config_from_args``, for what these models use, with every fusion off."""
+def _norm_over_heads(attention: torch.nn.Module) -> None:
+    """One norm over all heads, as Megatron-Bridge's ``OLMoESelfAttention`` has it; for one tensor-parallel rank."""
+
+    class OverHeads(torch.nn.RMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.flatten(-2)).view(x.shape)
+
+    config = attention.config
+    width = config.num_attention_heads * config.kv_channels
+    attention.q_layernorm = OverHeads(width, eps=config.layernorm_epsilon)
+    attention.k_layernorm = OverHeads(width, eps=config.layernorm_epsilon)
+
+
+def _activation(args: Namespace, launch: tuple[str, ...]) -> dict[str, Any]:
+    """The MLP's kind, as ``core_transformer_config_from_args`` chooses it: what is fused with the bias is GELU's tanh form."""
+    tanh = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+    if args.swiglu:
+        return {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
+    if args.squared_relu:
+        return {"gated_linear_unit": False, "activation_func": lambda x: torch.relu(x) ** 2}  # Megatron compiles its own for half a minute
+    if "gelu_tanh" in launch:
+        return {"gated_linear_unit": True, "activation_func": tanh}
+    if "relu" in launch:
+        return {"gated_linear_unit": False, "activation_func": torch.relu}
+    return {"gated_linear_unit": False, "activation_func": tanh if args.bias_gelu_fusion else torch.nn.functional.gelu}
+
+
+def _transformer_config(args: Namespace, launch: tuple[str, ...]) -> Any:
+    """Megatron's ``core_transformer_config_from_args``, for what these models use, with every fusion off.
+
+    Norms whose weight is stored less 1 (``apply_layernorm_1p``) need a GPU: `_load` adds the 1.
+    """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    _demand(args.swiglu, "swiglu is off")
     return TransformerConfig(
         **{name: getattr(args, name) for name in _SAME_NAME},
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
         layernorm_epsilon=args.norm_epsilon,
-        layernorm_zero_centered_gamma=getattr(args, "apply_layernorm_1p", False),
         rotary_interleaved=getattr(args, "rotary_interleaved", False),
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        **_activation(args, launch),
         num_layers_in_first_pipeline_stage=getattr(args, "decoder_first_pipeline_num_layers", None),
         num_layers_in_last_pipeline_stage=getattr(args, "decoder_last_pipeline_num_layers", None),
         pipeline_model_parallel_layout=getattr(args, "pipeline_model_parallel_layout", None),
@@ -202,6 +241,7 @@ def _experts(args: Namespace) -> dict[str, Any]:
     return {
         "num_moe_experts": args.num_experts,
         **{name: getattr(args, name) for name in _SAME_NAME_EXPERTS},
+        **{name: getattr(args, name) for name in _SIGMOID_ROUTER if hasattr(args, name)},
         "moe_token_dispatcher_type": "allgather",
         "moe_router_load_balancing_type": "none",
     }
@@ -217,6 +257,13 @@ _SAME_NAME_EXPERTS = (
     "moe_router_pre_softmax",
     "moe_shared_expert_intermediate_size",
     "moe_shared_expert_gate",
+)
+_SIGMOID_ROUTER = (
+    "moe_router_dtype",
+    "moe_router_enable_expert_bias",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
 )
 
 
@@ -245,9 +292,15 @@ def _load(model: torch.nn.Module, stored: Mapping[str, Any], args: Namespace) ->
     misshapen = [f"{name} {tuple(given[name].shape)}, not {tuple(wanted[name].shape)}"
                  for name in wanted if given[name].shape != wanted[name].shape]  # fmt: skip
     _demand(not misshapen, f"wrong shapes: {misshapen[:6]}")
-    foreign = [f"{name} {tensor.dtype}" for name, tensor in given.items() if tensor.dtype != args.params_dtype]
+    foreign = [f"{name} {tensor.dtype}" for name, tensor in given.items() if tensor.dtype != _dtype(name, args)]
     _demand(not foreign, f"args state {args.params_dtype}, stored are {foreign[:6]}")
-    model.load_state_dict({name: tensor.float() for name, tensor in given.items()}, strict=False)
+    less = float(getattr(args, "apply_layernorm_1p", False))
+    model.load_state_dict({n: t.float() + less if n.endswith("norm.weight") else t.float() for n, t in given.items()}, strict=False)
+
+
+def _dtype(name: str, args: Namespace) -> torch.dtype:
+    """Megatron's routers hold the bias of their experts in float32, whatever the model is."""
+    return torch.float32 if name.endswith("router.expert_bias") else args.params_dtype
 
 
 def _local_name(name: str) -> str:

@@ -73,6 +73,25 @@ def test_stack_experts(shape):
     assert applied("stack_experts", parts[:1], tp=1).shape == (1, *shape)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(6, 3), (5, 2, 2)])
+def test_roll(count, shape):
+    (table,) = numbered(shape)
+    assert (made(OPERATIONS.get("roll")([leaf(0, shape)], {}, count), [table]) == np.roll(table, count, axis=0)).all()
+
+
+@pytest.mark.parametrize("count", [-1, 7, "2", True, None])
+def test_roll_of_no_number_of_rows_is_refused(count):
+    with pytest.raises(LayoutError, match=r"operation 'roll'.*expected 0 … 6"):
+        OPERATIONS.get("roll")([leaf(0, (6, 3))], {}, count)
+
+
+def test_roll_of_a_scalar_or_of_several_is_refused():
+    for parts in ([leaf(0, ())], [leaf(0, (6, 3)), leaf(1, (6, 3))]):
+        with pytest.raises(LayoutError, match="'roll' does not fit"):
+            OPERATIONS.get("roll")(parts, {}, 1)
+
+
 TABLE = """
 name = "mine"
 extends = ["llama"]
@@ -187,7 +206,11 @@ def test_interleaved_and_transposed_stacks(tmp_path):
         ('[layer]\nmoe = "nothing > 3"\n', "the field 'nothing' is not in"),
         ("[layer]\nmoe = 'layer ('\n", "not an expression"),
         ("refuse = 3\n", r"\[refuse\] must be a table"),
-        ("[refuse]\nmegatron = 3\n", r"\[refuse\] needs 'megatron': a string"),
+        ("[refuse]\nmegatron = 3\n", r'a refusal is "why", or .*\[refuse\] megatron; actual 3'),
+        ("[refuse]\nmegatron = { when = 'qk_norm' }\n", r"a refusal needs 'reason': a string.*\[refuse\] megatron"),
+        ("[refuse]\nmegatron = { why = 'x' }\n", "a refusal has no entry 'why'"),
+        ("[refuse]\nmegatron = { when = 'odd', reason = 'x' }\n", r"the field 'odd' is not in \[config\].*\[refuse\] megatron"),
+        ("base_prefix = 3\n", "the family needs 'base_prefix': a string"),
         ("[config]\nhidden_size = { key = [] }\n", "a config field is"),
         ('[config]\nhidden_size = { key = ["a", 3] }\n', "a config field is"),
     ],

@@ -106,7 +106,7 @@ def _open_names(dialect: Dialect, family: Family, spec: str) -> Iterator[str]:
     """Stored names of a variant, ``#`` for each counter."""
     rows = family.rows if dialect.rows is None else dialect.rows
     fused = {name for row in rows if spec in row.names for name in row.hub}
-    own = [t.stored for t in family.tensors if t.name not in fused] if dialect.rows is None else []
+    own = [family.stored_name(t, spec) for t in family.tensors if t.name not in fused] if dialect.rows is None else []
     for name in (*(row.names[spec] for row in rows if spec in row.names), *own):
         yield name.replace("{layer}", "#").replace("{expert}", "#")
 

@@ -22,7 +22,7 @@ from ..containers.base import StoredTensor, TensorSpec
 from ..containers.torch_zip import Namespace, TensorRef, TorchDtype
 from ..identity import read_identity
 from ..layout import MOST_LAYERS, Layout
-from ..megatron_args import from_megatron, to_megatron
+from ..megatron_args import check_norms, from_megatron, to_megatron
 from ..passes.sides import check_units
 from ..plan import Dropped
 from ..store import Store
@@ -282,6 +282,7 @@ def _config(
 ) -> tuple[Family, ModelConfig, Mapping[str, Any] | None, tuple[str, ...]]:
     """Family and config: from the user or the files that travelled along, else from args."""
     if settled := settle(store, hints, identity, "hf/config.json"):
+        check_norms(arguments, settled[1], file)
         return *settled, ()
     if not arguments:
         raise missing_config(store, "megatron-legacy")

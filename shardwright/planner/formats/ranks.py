@@ -20,7 +20,7 @@ from ..identity import FILE_NAME, named_in, read_identity
 from ..layout import Layout
 from ..passes.sides import check_units
 from ..store import Store
-from ..tables import DIALECTS, Dialect
+from ..tables import DIALECTS, Dialect, Family
 from .base import Filing, Hints, Source, Target, Unit, companions
 from .common import carried, missing_config, read_unit, scheme_of, settle, stages, told_spec
 
@@ -67,19 +67,20 @@ class Ranks:
         dialect = named_in(identity, "dialect", DIALECTS) if identity else _dialect(by_rank)
         units = _units(by_rank, layout, dialect)
         check_units(units, layout, dialect, self.name)
+        spec = told_spec(dialect, family, {name for unit in by_rank.values() for name in unit})
         if identity:
             files[FILE_NAME] = hashlib.sha256(store.read(FILE_NAME)).hexdigest()
         return Source(
             store,
             self.name,
             dialect,
-            told_spec(dialect, family, {name for unit in by_rank.values() for name in unit}),
+            spec,
             container,
             layout,
             family,
             config,
             raw,
-            _vocab(by_rank, dialect, layout, config["vocab_size"]),
+            _vocab(by_rank, dialect, family, spec, layout, config["vocab_size"]),
             units,
             files,
             companions(store, "hf/"),
@@ -167,7 +168,9 @@ def _units(
     return units
 
 
-def _vocab(by_rank: Mapping[int, Mapping[str, StoredTensor]], dialect: Dialect, layout: Layout, vocab: int) -> int | None:
+def _vocab(
+    by_rank: Mapping[int, Mapping[str, StoredTensor]], dialect: Dialect, family: Family, spec: str, layout: Layout, vocab: int
+) -> int | None:
     """Rows of the stored embedding over all tp ranks where that is more than the vocabulary."""
     for row in dialect.rows or ():
         if ("pad_vocab", ()) in row.layout:
@@ -175,9 +178,9 @@ def _vocab(by_rank: Mapping[int, Mapping[str, StoredTensor]], dialect: Dialect, 
                 for name, tensor in unit.items():
                     if name.endswith(tuple(row.names.values())) and tensor.shape:
                         return tensor.shape[0] * layout.tp
-    for unit in by_rank.values():
-        table = unit.get("model.embed_tokens.weight")
-        if dialect.rows is None and table is not None and table.shape and table.shape[0] * layout.tp > vocab:
+    names = [family.stored_name(t, spec) for t in family.tensors if t.split == "vocab" and t.stage == "first"]
+    for table in (unit[name] for unit in by_rank.values() for name in names if name in unit):
+        if dialect.rows is None and table.shape and table.shape[0] * layout.tp > vocab:
             return table.shape[0] * layout.tp
     return None
 

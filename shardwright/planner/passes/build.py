@@ -92,8 +92,9 @@ def read_side(source: Source, drop: Sequence[str] = ()) -> SourceSide:
     family, config, padded = source.family, source.config, source.padded_vocab
     read = expand(family, config, source.dialect, source.spec, source.layout, padded, hub=source.hub, reading=True)
     asked = tuple(Ignore(pattern, "left out with --drop") for pattern in drop)
+    known = [ignore.of(config.fields) for ignore in family.ignore]
     numbers = {path: i for i, path in enumerate(source.files)}
-    return resolve(read, source.layout, source.units, numbers, (*asked, *source.dialect.ignore, *source.family.ignore), source.dialect.name)
+    return resolve(read, source.layout, source.units, numbers, (*asked, *source.dialect.ignore, *known), source.dialect.name)
 
 
 def read_names(source: Source) -> SourceSide:

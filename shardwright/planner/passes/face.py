@@ -137,7 +137,7 @@ class _Side:
                 suffix = output.name.removeprefix(at.hub[0])
                 instances.append(RowInstance(known[at.row, number], at.name + suffix, (output.name,), at.pp, at.ep, at.chunk))
         numbers = {path: i for i, path in enumerate(source.files)}
-        ignore = (*source.dialect.ignore, *source.family.ignore)
+        ignore = (*source.dialect.ignore, *(entry.of(source.config.fields) for entry in source.family.ignore))
         return resolve(Expansion(tuple(classes), tuple(instances)), source.layout, source.units, numbers, ignore, source.dialect.name)
 
     def names(self) -> Iterator[str]:

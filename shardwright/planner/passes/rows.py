@@ -206,8 +206,10 @@ def expand(
     UnsupportedError
         The dialect has no row for a hub tensor of the family, or the family's table refuses it.
     """
-    if reason := family.refuse.get(dialect.name):
-        raise UnsupportedError(f"dialect {dialect.name!r} cannot hold family {family.name!r}: {reason}")
+    for refusal in family.refuse.get(dialect.name, ()):
+        if refusal.when(config.fields):
+            what = f"family {family.name!r}" if refusal.when == ALWAYS else f"a model of family {family.name!r} where {refusal.when.text}"
+            raise UnsupportedError(f"dialect {dialect.name!r} cannot hold {what}: {refusal.reason}")
     experts = config.fields.get("num_experts", 0)
     if layout.ep > 1 and (not experts or experts % layout.ep):
         raise LayoutError(
@@ -453,7 +455,8 @@ def apply_split(whole: LazyTensor, split: Split) -> list[LazyTensor]:
 def _plain_rows(family: Family, aliases: Mapping[str, str], spec: str) -> list[Row]:
     """One row per hub tensor, and one per alias: the last pipeline stage needs its copy where it is not the first too."""
     by_name = {t.name: t for t in family.tensors}
-    rows = [Row({spec: t.stored}, (t.name,), _padding(t), t.split, t.stage, ALWAYS) for t in family.tensors if t.name not in aliases]
+    own = [t for t in family.tensors if t.name not in aliases]
+    rows = [Row({spec: family.stored_name(t, spec)}, (t.name,), _padding(t), t.split, t.stage, ALWAYS) for t in own]
     return rows + [
         Row({spec: name}, (name,), _padding(by_name[of]), by_name[of].split, "last", _SEVERAL_STAGES) for name, of in aliases.items()
     ]
