@@ -269,3 +269,13 @@ def test_views_and_shared_storages_of_a_torch_source(tmp_path):
     assert ref.differences(ref.megatron(weights, model, cut), ref.read_megatron(tmp_path / "out", cut)) == []
     sw.convert(tmp_path / "out", tmp_path / "back", to="huggingface")
     assert ref.differences({0: weights}, {0: ref.read_huggingface(tmp_path / "back")}) == []
+
+
+@pytest.mark.parametrize("container", ["safetensors", "torch", "zarr"])
+def test_a_stage_that_holds_nothing(container, tmp_path):
+    model = Model(layers=1, heads=2, kv=2, head_dim=2, hidden=4, ffn=4, vocab=3)
+    weights = model.weights()
+    ref.write(tmp_path / "a", model, weights)
+    sw.convert(tmp_path / "a", tmp_path / "b", to="ranks", container=container, layout=sw.Layout(pp=3, stages=(0, 0, 1)))
+    sw.convert(tmp_path / "b", tmp_path / "c", to="huggingface")
+    assert ref.differences({0: weights}, {0: ref.read_huggingface(tmp_path / "c")}) == []

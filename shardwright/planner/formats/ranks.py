@@ -62,7 +62,7 @@ class Ranks:
         by_rank = {}
         for rank, path in sorted(paths.items()):
             found = read_unit(store, container, path)
-            files.update(dict.fromkeys(_data_files(found.tensors) or [path], found.header_digest))
+            files.update(dict.fromkeys(_data_files(found.tensors) or [_head(store, path)], found.header_digest))
             by_rank[rank] = found.tensors
         dialect = named_in(identity, "dialect", DIALECTS) if identity else _dialect(by_rank)
         units = _units(by_rank, layout, dialect)
@@ -183,6 +183,12 @@ def _vocab(
         if dialect.rows is None and table.shape and table.shape[0] * layout.tp > vocab:
             return table.shape[0] * layout.tp
     return None
+
+
+def _head(store: Store, path: str) -> str:
+    """The file that says a rank holds nothing (a stage without layers): its only one, or that of a zarr group."""
+    group = f"{path}/zarr.json"
+    return group if store.exists(group) else path
 
 
 def _data_files(tensors: Mapping[str, StoredTensor]) -> list[str]:
