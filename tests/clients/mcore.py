@@ -51,9 +51,7 @@ class Megatron:
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
 
-    def logits(
-        self, folder: Path, *, tp: int = 1, pp: int = 1, vpp: int = 1, vocab: int, ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def logits(self, folder: Path, *, tp: int = 1, pp: int = 1, vpp: int = 1, vocab: int, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Load a checkpoint into Megatron's GPTModel and run it.
 
         Parameters

@@ -188,9 +188,7 @@ def test_bfloat16(hf_case: Callable[..., Path], mcore: Megatron, tmp_path: Path)
         ([3, 4, 5], {"pipeline_model_parallel_layout": "Et*3|t*4|t*5L"}),
     ],
 )
-def test_uneven_stages(
-    stages: list[int], args: dict[str, Any], hf_case: Callable[..., Path], mcore: Megatron, tmp_path: Path
-) -> None:
+def test_uneven_stages(stages: list[int], args: dict[str, Any], hf_case: Callable[..., Path], mcore: Megatron, tmp_path: Path) -> None:
     folder = hf_case("llama")
     ranks = reference(folder, 1, 3, stages=stages, **args)
     assert worst(ranks, tmp_path, folder, mcore, tp=1, pp=3) < TOLERANCE
