@@ -65,7 +65,7 @@ class TestDevices:
             if os.readlink(f"/proc/self/fd/{fd}").endswith(f"/data/{file}"):
                 syncs += 1
                 if syncs == number:
-                    for offset, nbytes in unsynced.pop(fd):
+                    for offset, nbytes in unsynced.pop(fd, []):
                         os.pwrite(fd, b"\xee" * nbytes, offset)
                     raise OSError(errno.EIO, os.strerror(errno.EIO))
                 unsynced.pop(fd, None)
