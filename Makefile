@@ -18,6 +18,8 @@ TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 VENV := .venv
 CLIENTS := .venv-clients
 BIN := $(VENV)/bin
+# Each run of pytest has a temporary folder of its own: in the shared one, runs side by side clean up after one another.
+OWN_TMP = tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT &&
 CLIENTS_BIN := $(CLIENTS)/bin
 
 .PHONY: help demo test lint unit test-clients soak bench clean
@@ -49,15 +51,15 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not clients and not soak" $(PYTEST_ARGS)
+	$(OWN_TMP) $(BIN)/python -m pytest --basetemp="$$tmp/pytest" -m "not clients and not soak" $(PYTEST_ARGS)
 
 test-clients: $(CLIENTS)/.installed
-	SHARDWRIGHT_REQUIRE_CLIENTS=1 $(CLIENTS_BIN)/python -m pytest tests/clients -m "clients and not soak" $(PYTEST_ARGS)
+	$(OWN_TMP) SHARDWRIGHT_REQUIRE_CLIENTS=1 $(CLIENTS_BIN)/python -m pytest --basetemp="$$tmp/pytest" tests/clients -m "clients and not soak" $(PYTEST_ARGS)
 
 # pytest exits 5 when it finds no test; a half without soak tests is no failure.
 soak: $(VENV)/.installed $(CLIENTS)/.installed
-	$(BIN)/python -m pytest tests -m "soak and not clients" $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	SHARDWRIGHT_REQUIRE_CLIENTS=1 $(CLIENTS_BIN)/python -m pytest tests/clients -m "clients and soak" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(OWN_TMP) { $(BIN)/python -m pytest --basetemp="$$tmp/pytest" tests -m "soak and not clients" $(PYTEST_ARGS) || [ $$? -eq 5 ]; }
+	$(OWN_TMP) { SHARDWRIGHT_REQUIRE_CLIENTS=1 $(CLIENTS_BIN)/python -m pytest --basetemp="$$tmp/pytest" tests/clients -m "clients and soak" $(PYTEST_ARGS) || [ $$? -eq 5 ]; }
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

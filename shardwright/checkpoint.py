@@ -309,11 +309,9 @@ class Tensor:
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """Read into a numpy array (bfloat16 and float8 by ml_dtypes)."""
-        import ml_dtypes
-        import numpy as np
+        from .executors.elements import numpy_dtype
 
-        kind = getattr(ml_dtypes, self.dtype, None) or np.dtype(self.dtype)
-        return self._bytes().view(kind).reshape(self.shape)
+        return self._bytes().view(numpy_dtype(self.dtype)).reshape(self.shape)
 
     def torch(self) -> torch.Tensor:
         """Read into a torch tensor on the CPU."""

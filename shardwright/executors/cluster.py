@@ -24,7 +24,7 @@ from ..errors import PlanError, RunError, UsageError
 from ..planner.passes.memory import Fit
 from ..planner.plan import Plan, TargetFile
 from . import worker
-from .local import Finished, jobs
+from .local import Finished, begin, jobs
 from .progress import NullProgress, Progress
 from .stopping import Stop
 
@@ -126,9 +126,7 @@ class Cluster:
         progress = progress or NullProgress()
         window = 4 * sum(int(w["nthreads"]) for w in self.workers.values())
         run = _Run(self.client, plan, str(target_root), fit, self.check(fit), finished, progress, stop or Stop(), window=window)
-        total = int(plan.tiles.bytes_written.sum())
-        progress.start(total)
-        progress.advance(total - int(plan.tiles.bytes_written[list(tiles)].sum()))
+        begin(progress, plan, tiles)
         try:
             with run.stop.on_signals():
                 run.drive(tiles)

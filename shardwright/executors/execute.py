@@ -26,7 +26,7 @@ from ..planner.tensor.pieces import FILL, Piece
 from .arena import Buffer
 from .compare import CompareFiles, Difference
 from .extents import Checksums
-from .host import default_workers, memory_room
+from .host import default_workers, held_bytes, memory_room
 from .layouts import moves
 from .ledger import Ledger
 from .local import run
@@ -127,13 +127,14 @@ def execute(
     with _connected(scheduler) as cluster:
         lanes = cluster.lanes if cluster else workers
         usable = memory if cluster else min(memory, memory_room() + anonymous_bytes())
-        fit_plan(plan, usable, lanes)
+        fitted = fit_plan(plan, usable, lanes)
         check_unchanged(plan.source_root, plan.source_files)
         stop = Stop()
         # A signal counts from the first byte on disk to the last; what is whole by then is published.
         with stop.on_signals(), prepare(Path(out), plan, overwrite=overwrite, fresh=fresh) as publication:
-            plan = publication.plan
-            fitted = fit_plan(plan, usable, lanes)
+            if publication.left is not None:
+                plan = publication.plan
+                fitted = fit_plan(plan, usable, lanes)
             if cluster:
                 cluster.check(fitted)
             receipt = Receipt()
@@ -302,13 +303,9 @@ def _no_read(offset: int, buffers: Sequence[memoryview]) -> None:
 
 def peak_rss_bytes() -> int:
     """Most memory that this process has had resident."""
-    try:
-        # Not getrusage: its figure is inherited from whatever the process was forked from.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
+    # Not getrusage where it can be helped: its figure is inherited from whatever the process was forked from.
+    if (held := held_bytes("VmHWM")) is not None:
+        return held
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

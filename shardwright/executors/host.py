@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["default_memory", "default_workers", "memory_room"]
+__all__ = ["default_memory", "default_workers", "held_bytes", "memory_room"]
 
 _MOST = 2 << 30
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -25,6 +25,17 @@ def default_workers() -> int:
     """Cores that this process may run on, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores)
+
+
+def held_bytes(field: str) -> int | None:
+    """A figure of this process in ``/proc/self/status``, such as ``"VmHWM"``; None where the system does not say."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass  # not Linux
+    return None
 
 
 def _available() -> int:

@@ -27,9 +27,9 @@ from .tile import Receipt
 
 __all__ = ["BATCH_BYTES", "BATCH_SECONDS", "Ledger"]
 
-BATCH_BYTES = 1 << 30
-"""Bytes that tiles write between two syncs."""
-BATCH_SECONDS = 10.0
+BATCH_BYTES = 4 << 30
+"""Bytes that tiles write between two syncs: each costs the file system a commit for every file, so they are rare."""
+BATCH_SECONDS = 30.0
 """Age of the first tile of a batch at which it is synced all the same."""
 
 Files = Callable[[Collection[int]], None]

@@ -25,7 +25,7 @@ from .sources import SourceFiles
 from .stopping import Stop
 from .tile import Job, Receipt, Runner, Stopped
 
-__all__ = ["Finished", "jobs", "run"]
+__all__ = ["Finished", "begin", "jobs", "run"]
 
 Finished = Callable[[int, Receipt], None]
 """Takes a finished tile and its receipt."""
@@ -76,6 +76,13 @@ class _Lanes:
             self.stop.set(error)
 
 
+def begin(progress: Progress, plan: Plan, tiles: Sequence[int]) -> None:
+    """Say that a run begins, of which these tiles are left."""
+    total = int(plan.tiles.bytes_written.sum())
+    progress.start(total)
+    progress.advance(total - int(plan.tiles.bytes_written[list(tiles)].sum()))
+
+
 def run(
     plan: Plan,
     sources: SourceFiles,
@@ -114,9 +121,7 @@ def run(
     runner = Runner(layouts, sources, strip_bytes=fit.strip_bytes, advance=progress.advance)
     workers = max(1, min(fit.workers, len(tiles)))
     lanes = _Lanes(plan, tiles, runner, sink, Arena(workers * fit.slab_bytes), fit.slab_bytes, finished, stop or Stop())
-    total = int(plan.tiles.bytes_written.sum())
-    progress.start(total)
-    progress.advance(total - int(plan.tiles.bytes_written[list(tiles)].sum()))
+    begin(progress, plan, tiles)
     try:
         with lanes.stop.on_signals():
             _schedule(lanes, workers)

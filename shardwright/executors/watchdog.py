@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Event, Thread
 
 from ..errors import RunError
 from ..planner.passes.memory import Fit
+from .host import held_bytes
 from .stopping import Stop
 
 __all__ = ["anonymous_bytes", "watched"]
@@ -23,13 +23,7 @@ INTERVAL = 0.25
 
 def anonymous_bytes() -> int:
     """Anonymous memory that this process has resident; 0 where the system does not say."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass  # not Linux: nothing to watch
-    return 0
+    return held_bytes("RssAnon") or 0
 
 
 @contextmanager

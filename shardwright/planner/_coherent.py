@@ -23,7 +23,7 @@ from math import prod
 import numpy as np
 
 from ._strict import LIMIT, fail
-from .plan import Bindings, Output, Plan, Program, TargetFile, TensorEntry
+from .plan import SEAL_DIGITS, Bindings, Output, Plan, Program, TargetFile, TensorEntry
 from .schemes import SCHEMES
 from .tensor.dtypes import BY_NAME
 from .tensor.pieces import Piece
@@ -34,7 +34,6 @@ MAX_AXES = 8
 AXIS_LIMIT = 1 << 40
 """Longest axis of a pivot."""
 _DEEPEST = 64
-_DIGITS = {"crc32": 8, "sha256": 64}
 
 Shape = tuple[int, ...]
 
@@ -115,7 +114,7 @@ def _seals(file: TargetFile, plan: Plan) -> None:
     starts = [offset for offset, _ in file.static]
     for seal in file.seals:
         k = bisect_right(starts, seal.offset) - 1
-        if k < 0 or seal.offset + _DIGITS[seal.kind] > starts[k] + len(file.static[k][1]):
+        if k < 0 or seal.offset + SEAL_DIGITS[seal.kind] > starts[k] + len(file.static[k][1]):
             fail("target_files.seals", "writes over bytes that are not static", actual=f"{file.path} at {seal.offset}")
         if seal.file >= len(plan.target_files) + len(plan.copies):
             fail("target_files.seals", "seals a file that there is not", actual=seal.file)

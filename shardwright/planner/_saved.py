@@ -20,7 +20,22 @@ from ._strict import LIMIT, column, fail, flag, index_column, items, path, pick,
 from .containers.base import Crc
 from .fingerprint import plan_hash
 from .layout import Layout
-from .plan import PLAN_FORMAT, Bindings, Dropped, Ints, Output, Plan, Program, Seal, SourceFile, TargetFile, TensorEntry, Tiles, ValueOp
+from .plan import (
+    PLAN_FORMAT,
+    SEAL_DIGITS,
+    Bindings,
+    Dropped,
+    Ints,
+    Output,
+    Plan,
+    Program,
+    Seal,
+    SourceFile,
+    TargetFile,
+    TensorEntry,
+    Tiles,
+    ValueOp,
+)
 from .request import Request
 from .tensor.dtypes import BY_NAME
 from .tensor.pieces import Piece
@@ -29,7 +44,7 @@ __all__ = ["SEAL_KINDS", "TENSOR_COLUMNS", "TILE_COLUMNS", "SavedPlan", "read"]
 
 TENSOR_COLUMNS = ("name", "rank", "kind", "file", "offset", "contiguous")
 TILE_COLUMNS = ("first", "program", "row", "lo0", "lo1", "hi0", "hi1", "requests", "bytes_read", "bytes_written")
-SEAL_KINDS = ("crc32", "sha256")
+SEAL_KINDS = tuple(SEAL_DIGITS)
 _LARGEST_STATIC = 1 << 30
 _MAX_DIMS = 16
 _SUMMARY = ("source_format", "source_layout", "family", "target_format", "target_layout")

@@ -28,6 +28,7 @@ from .tensor.pieces import Piece
 
 __all__ = [
     "PLAN_FORMAT",
+    "SEAL_DIGITS",
     "Bindings",
     "Cost",
     "Dropped",
@@ -210,13 +211,17 @@ class SourceFile:
     header_digest: str
 
 
+SEAL_DIGITS = {"crc32": 8, "sha256": 64}
+"""Kinds of checksums of whole files, and their hexadecimal digits."""
+
+
 class Seal(NamedTuple):
     """Where the checksum of a whole file is written, in lower-case hexadecimal, when that file is complete.
 
     Attributes
     ----------
     kind
-        ``"crc32"`` (8 digits) or ``"sha256"`` (64).
+        A key of `SEAL_DIGITS`.
     file
         Number of the file: target files first, then copies.
     offset

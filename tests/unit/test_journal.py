@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright.errors import PlanError, RunError
@@ -48,6 +48,7 @@ def test_every_cut_is_tolerated(tmp_path):
         assert len(found.tiles) == max(0, whole - 1) and bool(found.plan_hash) == bool(whole)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1 << 30), st.integers(1, 4))
 def test_garbage_hides_what_comes_behind_it_and_nothing_else(tmp_path_factory, seed, length):
     path = tmp_path_factory.mktemp("journal") / "journal"

@@ -463,3 +463,13 @@ def test_mutations_are_read_or_refused(tmp_path: Path, small: None) -> None:
             bytes_at(tmp_path, found)
 
     check()
+
+
+def test_a_stage_without_layers_is_a_group_without_arrays(tmp_path: Path) -> None:
+    import shardwright as sw
+    from tests.unit.tiny import tiny_llama
+
+    source = tiny_llama(tmp_path / "src", layers=1)
+    sw.convert(source, tmp_path / "out", to="ranks", layout=sw.Layout(pp=3, stages=(0, 0, 1)), container="zarr")
+    sw.convert(tmp_path / "out", tmp_path / "back", to="huggingface")
+    assert sw.diff(source, tmp_path / "back").equal

@@ -62,7 +62,7 @@ class Ranks:
         by_rank = {}
         for rank, path in sorted(paths.items()):
             found = read_unit(store, container, path)
-            files.update(dict.fromkeys(_data_files(found.tensors) or [_head(store, path)], found.header_digest))
+            files.update(dict.fromkeys(_data_files(found.tensors) or _empty(store, path), found.header_digest))
             by_rank[rank] = found.tensors
         dialect = named_in(identity, "dialect", DIALECTS) if identity else _dialect(by_rank)
         units = _units(by_rank, layout, dialect)
@@ -185,10 +185,9 @@ def _vocab(
     return None
 
 
-def _head(store: Store, path: str) -> str:
-    """The file that says a rank holds nothing (a stage without layers): its only one, or that of a zarr group."""
-    group = f"{path}/zarr.json"
-    return group if store.exists(group) else path
+def _empty(store: Store, path: str) -> list[str]:
+    """The files of a unit without tensors (a pipeline stage without layers): itself, or what is in its group."""
+    return [path] if store.exists(path) else [name for name in store.list() if name.startswith(f"{path}/")]
 
 
 def _data_files(tensors: Mapping[str, StoredTensor]) -> list[str]:

@@ -17,13 +17,12 @@ from typing import NamedTuple
 from ...errors import MemoryBoundError
 from ..plan import Dropped, Plan, Program, SourceFile
 from .lower import Lowered
-from .memory import BASE_BYTES, STRIP_BYTES, STRIP_FLOOR, itemsize, plan_nbytes, slab, whole_items
+from .memory import BASE_BYTES, STRIP_BYTES, STRIP_FLOOR, itemsize, pages, plan_nbytes, slab, whole_items
 from .tiling import TILE_BYTES_WHOLE, choose_cuts, tile
 
 __all__ = ["Facing", "Fitted", "Half", "Part", "Unequal", "buffers_of", "fit_facing", "strip_of"]
 
 MIB = 1 << 20
-PAGE = 4096
 
 Shape = tuple[int, ...]
 
@@ -176,7 +175,7 @@ def strip_of(program: Program, halves: tuple[Half, Half], strip_bytes: int) -> i
 def buffers_of(halves: tuple[Half, Half], elements: int) -> tuple[int, ...]:
     """Bytes of a buffer for each part of both halves, for a box of that many elements."""
     programs = [part.program for half in halves for part in half.parts]
-    return tuple(_pages(min(elements, prod(p.shape)) * itemsize(p.dtype)) for p in programs)
+    return tuple(pages(min(elements, prod(p.shape)) * itemsize(p.dtype)) for p in programs)
 
 
 def _slab_bytes(facing: Facing, strip_bytes: int) -> int:
@@ -188,8 +187,4 @@ def _slab_bytes(facing: Facing, strip_bytes: int) -> int:
         parts = buffers_of(halves, pivot // itemsize(program.dtype))
         copies = any(part.program.replicas for half in halves for part in half.parts)
         most = max(most, sum(parts) + (max(parts) if copies else 0))
-    return most + _pages(strip_bytes)
-
-
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE) * PAGE
+    return most + pages(strip_bytes)

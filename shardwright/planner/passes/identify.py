@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from json.encoder import encode_basestring_ascii
 
 from ..fingerprint import plan_hash
 from ..formats.base import Filing, Source, Unit
 from ..identity import FILE_NAME, SCHEMA
-from ..plan import Plan, Seal, TargetFile
+from ..plan import SEAL_DIGITS, Plan, Seal, TargetFile
 from ..request import Request
 from .request import Words
 from .sides import TargetSide
@@ -39,12 +39,12 @@ def with_identity(plan: Plan, source: Source, request: Request, words: Words, wa
     }
     text = json.dumps(made, sort_keys=False, default=str)
     head = f'{text[:-1]}, "tensors": {_tensor_table(plan, wanted, filing)}, "checksums": '.encode()
-    table, seals = _checksum_table(plan, {"crc32": 8, **({"sha256": 64} if request.sha256 else {})}, len(head))
+    table, seals = _checksum_table(plan, ("crc32", "sha256") if request.sha256 else ("crc32",), len(head))
     data = b"".join((head, table, b"}\n"))
     return replace(plan, target_files=(*plan.target_files, TargetFile(FILE_NAME, len(data), ((0, data),), (), seals)))
 
 
-def _checksum_table(plan: Plan, kinds: Mapping[str, int], start: int) -> tuple[bytes, tuple[Seal, ...]]:
+def _checksum_table(plan: Plan, kinds: Sequence[str], start: int) -> tuple[bytes, tuple[Seal, ...]]:
     """``{kind: {path: digits}}`` with zeros for digits, and where each file's digits begin; `start` is the table's own place."""
     # shardwright.json itself will be the last target file: copies are numbered behind it.
     files = [(number, f.path) for number, f in enumerate(plan.target_files)]
@@ -56,12 +56,12 @@ def _checksum_table(plan: Plan, kinds: Mapping[str, int], start: int) -> tuple[b
         parts.append(text.encode())
         at += len(parts[-1])
 
-    for number, (kind, digits) in enumerate(kinds.items()):
+    for number, kind in enumerate(kinds):
         put(f'{", " if number else ""}"{kind}": {{')
         for file, path in files:
             put(f'{", " if file else ""}{json.dumps(path)}: "')
             seals.append(Seal(kind, file, at))
-            put(f'{"0" * digits}"')
+            put(f'{"0" * SEAL_DIGITS[kind]}"')
         put("}")
     return b"".join((*parts, b"}")), tuple(seals)
 

@@ -39,6 +39,7 @@ __all__ = [
     "fit",
     "itemsize",
     "min_memory",
+    "pages",
     "plan_nbytes",
     "slab",
     "strips",
@@ -172,12 +173,12 @@ def slab(program: Program, strip_bytes: int, largest: int | None = None) -> Slab
         # A box of a tile may be narrower than the pivot and so fill a strip better than the pivot's own rows do.
         elements = 0 if 0 in program.shape else max(prod(_steps(program, program.shape, strip_bytes)), strip_bytes // size)
         elements = min(elements, prod(program.shape))
-    pivot = _pages(elements * size)
+    pivot = pages(elements * size)
     compare = pivot if program.replicas else 0
     if program.op is None:
-        return Slab(pivot, _pages(strip_bytes), compare, (), 0)
-    outputs = tuple(_pages(_output_elements(program, output, elements) * itemsize(output.dtype)) for output in program.outputs)
-    return Slab(pivot, _pages(strip_bytes), compare, outputs, _pages(elements * program.op.scratch))
+        return Slab(pivot, pages(strip_bytes), compare, (), 0)
+    outputs = tuple(pages(_output_elements(program, output, elements) * itemsize(output.dtype)) for output in program.outputs)
+    return Slab(pivot, pages(strip_bytes), compare, outputs, pages(elements * program.op.scratch))
 
 
 def _output_elements(program: Program, output: Output, elements: int) -> int:
@@ -188,7 +189,8 @@ def _output_elements(program: Program, output: Output, elements: int) -> int:
     return min(elements, prod(output.shape))
 
 
-def _pages(nbytes: int) -> int:
+def pages(nbytes: int) -> int:
+    """Bytes rounded up to whole pages."""
     return -(-nbytes // PAGE) * PAGE
 
 
