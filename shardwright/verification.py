@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint, PathLike, open
+from .checkpoint import Checkpoint, PathLike, no_values, open
 from .conversion import Conversion
 from .planner.passes.build import read_names
 from .planner.passes.locate import locate
@@ -76,10 +76,14 @@ def verify(
     own = (config, vocab_size) if source is None else (None, None)
     target = out if isinstance(out, Checkpoint) else open(out, family=family, config=own[0], vocab_size=own[1])
     count = sum(len(unit) for unit in target.source.units.values())
-    if source is None:
+    if source is None and not target.source.on_paper:
         read_names(target.source)
         return Verification("names", count, 0, (), (), ())
+    if source is None:
+        raise no_values(target.path)
     origin = source if isinstance(source, Checkpoint) else open(source, family=family, config=config, vocab_size=vocab_size)
+    if on_paper := next((c for c in (target, origin) if c.source.on_paper), None):
+        raise no_values(on_paper.path)
     asked = target.source
     request = Request(asked.format, asked.layout, dialect=asked.dialect.name, container=asked.container, spec=asked.spec)
     located = locate(origin.source, request, asked)

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedError
 from .config import ModelConfig, check_types, infer_family, layer_scope
+from .megatron_flags import with_newer_names
 from .tables import DIALECT_WORDS, Family
 
 __all__ = ["from_megatron", "to_megatron"]
@@ -130,6 +131,8 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
     UnsupportedError
         A model that no family here describes (LayerNorm, learned positions, partial rotary …).
     """
+
+    arguments = with_newer_names(arguments)
 
     def need(name: str) -> Any:
         if arguments.get(name) is None:

@@ -27,6 +27,7 @@ from .tensor.dtypes import dtype
 from .tensor.pieces import Piece
 
 __all__ = [
+    "PAPER",
     "PLAN_FORMAT",
     "Bindings",
     "Cost",
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 PLAN_FORMAT = 1
+PAPER = "config"
+"""The source format of a plan that was made from a config alone."""
 """Number of the plan's own format; part of the plan hash."""
 
 Ints = npt.NDArray[np.int64]
@@ -336,6 +339,11 @@ class Plan:
     dropped: tuple[Dropped, ...] = ()
     warnings: tuple[str, ...] = ()
     copied_bytes: int = field(default=0)
+
+    @property
+    def on_paper(self) -> bool:
+        """Whether its source is a config alone, so that there is nothing to read."""
+        return bool(self.summary.get("source_format") == PAPER)
 
     def items(self, tile: int) -> Iterator[Item]:
         """The boxes of one tile, in the order they run."""

@@ -1,0 +1,85 @@
+"""Megatron's ``args`` as an argument list for a launch script: one flag to a line, quoted as a shell wants it.
+
+``xargs -a megatron_args.txt torchrun … pretrain_gpt.py --load DIR`` starts Megatron-LM on the target; the checkpoint's own
+``args`` say the same, but Megatron reads only some of them back (``load_args_from_checkpoint``), and only when asked.
+
+1. A value is ``--its-name value``; true is ``--its-name``; false and None, being Megatron's defaults, are nothing.
+2. What Megatron's parser spells otherwise, or works out from other flags, is in the tables below.
+
+Source: Megatron-LM core_v0.16.1 ``training/arguments.py`` and core ``TransformerConfig`` (whose fields become flags); the
+flags are the same in core_v0.14.0. Boundary: dictionaries in, text out.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["FILE_NAME", "argument_list", "with_newer_names"]
+
+FILE_NAME = "megatron_args.txt"
+
+_FALSE = {"add_bias_linear": "--disable-bias-linear", "add_position_embedding": "--no-position-embedding"}
+"""Arguments that are true unless a flag says otherwise."""
+_NEWER = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
+"""What core_v0.16 calls two arguments of the versions before; the flags kept their names."""
+_NO_FLAG = {
+    "params_dtype",                           # --bf16, --fp16
+    "padded_vocab_size",                      # --vocab-size and --make-vocab-size-divisible-by
+    "virtual_pipeline_model_parallel_size",   # --num-layers-per-virtual-pipeline-stage or --pipeline-model-parallel-layout
+    "use_mcore_models",                       # always so; the flag is deprecated
+    "consumed_train_samples", "consumed_valid_samples", "iteration",   # a run's state
+    *_NEWER.values(),
+}  # fmt: skip
+_WHOLE = {"rotary_base"}
+"""Numbers that the parser wants without a point."""
+
+
+def with_newer_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with what newer versions call some of them beside the older names, whichever are there.
+
+    >>> with_newer_names({"norm_epsilon": 1e-5}) == with_newer_names({"layernorm_epsilon": 1e-5})
+    True
+    """
+    found = dict(arguments)
+    for older, newer in _NEWER.items():
+        for name, other in ((older, newer), (newer, older)):
+            if name in arguments:
+                found.setdefault(other, arguments[name])
+    return found
+
+
+def argument_list(arguments: Mapping[str, Any]) -> str:
+    """The lines.
+
+    >>> print(argument_list({"num_layers": 2, "add_bias_linear": False, "swiglu": True, "window_size": (63, 0)}), end="")
+    --num-layers 2
+    --disable-bias-linear
+    --swiglu
+    --window-size 63,0
+    """
+    return "".join(f"{line}\n" for line in _lines(arguments))
+
+
+def _lines(arguments: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in arguments.items():
+        if name in _NO_FLAG or value is None:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name in _FALSE:
+            if not value:
+                yield _FALSE[name]
+        elif isinstance(value, bool):
+            if value:
+                yield flag
+        else:
+            yield f"{flag} {shlex.quote(_spelled(name, value))}"
+
+
+def _spelled(name: str, value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if name in _WHOLE and isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
