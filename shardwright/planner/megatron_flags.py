@@ -6,8 +6,8 @@
 1. A value is ``--its-name value``; true is ``--its-name``; false and None, being Megatron's defaults, are nothing.
 2. What Megatron's parser spells otherwise, or works out from other flags, is in the tables below.
 
-Source: Megatron-LM core_v0.16.1 ``training/arguments.py`` and core ``TransformerConfig`` (whose fields become flags); the
-flags are the same in core_v0.14.0. Boundary: dictionaries in, text out.
+Source: Megatron-LM core_v0.16.1 ``training/arguments.py`` and core ``TransformerConfig`` (whose fields become flags). The flags
+are called the same in core_v0.13 to core_v0.19, but that ``--moe-shared-expert-gate`` is new in core_v0.16. Boundary: dictionaries in, text out.
 """
 
 from __future__ import annotations

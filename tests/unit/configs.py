@@ -27,7 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": _EXPERTS
     | {"architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 64, "mlp_only_layers": [1], "decoder_sparse_step": 1},
     "qwen3": _DENSE | {"architectures": ["Qwen3ForCausalLM"]},
-    "qwen3_moe": _EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [], "decoder_sparse_step": 2},
+    "qwen3_moe": _EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0, 2], "decoder_sparse_step": 1},
 }
 for _family, _config in CONFIGS.items():
     _config.setdefault("model_type", _family)
