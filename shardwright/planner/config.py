@@ -61,7 +61,7 @@ def family_of(raw: Mapping[str, Any], file: str = "config.json") -> Family:
     types = {name: family.name for family in FAMILIES for name in family.model_types}
     near = difflib.get_close_matches(kind, types, n=3, cutoff=0.4)
     hint = f"Nearest: {', '.join(near)}. " if near else ""
-    advice = "Name the family whose tensors these are with --family NAME, or bring a table with --family FILE.toml"
+    advice = "Name the family whose tensors these are with --family NAME, or bring a table with --family FILE.toml (docs/families.md)"
     raise UnknownFamilyError(f"no family has the model_type {kind!r}", file=file, remedy=f"{hint}Known: {', '.join(types)}. {advice}")
 
 

@@ -7,7 +7,8 @@
 2. What Megatron's parser spells otherwise, or works out from other flags, is in the tables below.
 
 Source: Megatron-LM core_v0.16.1 ``training/arguments.py`` and core ``TransformerConfig`` (whose fields become flags). The flags
-are called the same in core_v0.13 to core_v0.19, but that ``--moe-shared-expert-gate`` is new in core_v0.16. Boundary: dictionaries in, text out.
+are called the same in core_v0.13 to core_v0.19, but that ``--moe-shared-expert-gate`` is new in core_v0.16.
+Boundary: dictionaries in, text out.
 """
 
 from __future__ import annotations

@@ -63,7 +63,9 @@ def dtype_of_config(raw: Mapping[str, Any], path: str) -> str | None:
         raise ConfigError(f"{key} is none that weights have", file=path, actual=repr(named), remedy="Correct it") from None
 
 
-def lay_out(raw: Mapping[str, Any], family: Family, dtype: str, max_shard_size: int, config: bytes | None, path: str) -> Iterator[PaperFile]:
+def lay_out(
+    raw: Mapping[str, Any], family: Family, dtype: str, max_shard_size: int, config: bytes | None, path: str
+) -> Iterator[PaperFile]:
     """The files of a Hugging Face checkpoint, with all bytes that are no tensor data.
 
     Parameters

@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CONFIGS", "experts"]
+from shardwright import Layout
+from shardwright.errors import UnsupportedError
+from shardwright.planner.config import from_huggingface
+from shardwright.planner.passes.rows import expand
+from shardwright.planner.tables import DIALECTS, FAMILIES, specs_of
+
+__all__ = ["CONFIGS", "experts", "holds"]
 
 _DENSE: dict[str, Any] = {
     "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -36,3 +42,15 @@ for _family, _config in CONFIGS.items():
 def experts(family: str) -> int:
     """How many experts the family's tiny model has."""
     return next((CONFIGS[family][key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in CONFIGS[family]), 0)
+
+
+def holds(family: str, dialect: str) -> bool:
+    """Whether the dialect can hold the family's tiny model, or the family's table refuses it."""
+    table, words = FAMILIES.get(family), DIALECTS.get(dialect)
+    try:
+        expand(table, from_huggingface(CONFIGS[family], table), words, specs_of(words, table)[0], Layout(), None)
+    except UnsupportedError as error:
+        if "cannot hold" not in str(error):
+            raise
+        return False
+    return True

@@ -20,7 +20,7 @@ import shardwright as sw
 from shardwright import Layout
 from shardwright.planner.megatron_flags import FILE_NAME, argument_list, with_newer_names
 from shardwright.planner.tables import FAMILIES
-from tests.unit.configs import CONFIGS, experts
+from tests.unit.configs import CONFIGS, experts, holds
 
 FLAGS = [line.split() for line in (Path(__file__).parent / "megatron_flags.txt").read_text().splitlines() if not line.startswith("#")]
 DERIVED = {
@@ -68,7 +68,7 @@ LAYOUTS = (Layout(tp=2, pp=2, vpp=2), Layout(pp=2, stages=(1, 3)), Layout(tp=4))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"tp{layout.tp}-pp{layout.pp}-vpp{layout.vpp}")
-@pytest.mark.parametrize("family", [name for name in CONFIGS if "megatron" not in FAMILIES.get(name).refuse])
+@pytest.mark.parametrize("family", [name for name in CONFIGS if holds(name, "megatron")])
 def test_flags_say_what_the_args_say(family: str, layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[family]))
     ep = 2 if experts(family) else 1

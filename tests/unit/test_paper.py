@@ -11,8 +11,7 @@ import pytest
 import shardwright as sw
 from shardwright import Layout, errors
 from shardwright.cli import main
-from shardwright.planner.tables import FAMILIES
-from tests.unit.configs import CONFIGS, experts
+from tests.unit.configs import CONFIGS, experts, holds
 
 MEMORY_OF_THIS_PROCESS = {"base_bytes", "peak_bytes", "min_memory_bytes"}
 
@@ -27,7 +26,7 @@ def config(tmp_path: Path) -> Path:
 def targets(family: str) -> list[tuple[str, Layout, dict[str, Any]]]:
     ep = 2 if experts(family) else 1
     found = [("huggingface", Layout(), {}), ("ranks", Layout(tp=2, pp=2, ep=ep), {"pad_vocab_to": 2, "dtype": "bfloat16"})]
-    if "megatron" not in FAMILIES.get(family).refuse:
+    if holds(family, "megatron"):
         found.append(("megatron-legacy", Layout(tp=2, pp=2, vpp=2, ep=ep), {}))
     return found
 
@@ -51,7 +50,13 @@ def test_a_plan_costs_what_the_checkpoints_costs(family: str, tmp_path: Path) ->
 
 def test_shards_are_the_hubs(tmp_path: Path) -> None:
     """Several files of at most 5 GB, and the index that names them."""
-    big = CONFIGS["llama"] | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "head_dim": 128, "dtype": "bfloat16"}
+    big = CONFIGS["llama"] | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "head_dim": 128,
+        "dtype": "bfloat16",
+    }
     (tmp_path / "config.json").write_text(json.dumps(big | {"num_hidden_layers": 8, "vocab_size": 128256}))
     made = sw.synth(tmp_path / "config.json", tmp_path / "made", sparse=True)
     paper = sw.open(made / "config.json").source
@@ -129,7 +134,11 @@ def test_dtype_is_the_configs(named: dict[str, str], dtype: str, tmp_path: Path)
         ({"hidden_size": None}, errors.ConfigError, "lacks 'hidden_size'"),
         ({"dtype": "float15"}, errors.ConfigError, "dtype is none that weights have: file config.json; actual 'float15'"),
         ({"dtype": "int8"}, errors.ConfigError, "dtype is none that weights have"),
-        ({"quantization_config": {"quant_method": "fp8"}}, errors.UnsupportedError, "quantised, tensor by tensor.*actual fp8.*without quantiz"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            errors.UnsupportedError,
+            "quantised, tensor by tensor.*actual fp8.*without quantiz",
+        ),
     ],
     ids=lambda text: str(text)[:30],
 )
