@@ -20,12 +20,12 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..errors import TableError, UnknownFamilyError, UsageError
+from ._table_checks import check_family
 from ._toml import FAMILY_KEYS, entries_of, extended, known_keys, listed, read, table_of, text_of, texts_of
 from .expressions import Expression, parse
 from .layout import SPLITS
@@ -53,11 +53,6 @@ ALWAYS = parse("true")
 STACK = "stack_experts"
 DIALECT_WORDS: Mapping[str, Any] = {"moe": False, "gated_mlp": True, "num_experts": 0, "tie_word_embeddings": False}
 """What a dialect may ask of every family, and the answer of a family that does not say."""
-_COUNTED = {
-    "heads": {"num_attention_heads"}, "head_columns": {"num_attention_heads"}, "kv_heads": {"num_key_value_heads"},
-    "qkv": {"num_attention_heads", "num_key_value_heads"}, "vocab": {"vocab_size"},
-}  # fmt: skip
-"""What splits count, among the config's fields."""
 _SCOPE = {"family", "layer", "tp", "pp", "vpp", "ep", "padded_vocab_size", "true", "false", "none"}
 
 
@@ -221,8 +216,7 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     _fields_known([(f"[[row]] {i + 1}", row.when) for i, row in enumerate(rows)], fields | _SCOPE | set(DIALECT_WORDS), origin)
     if any("{expert}" in t.name for t in tensors) and "num_experts" not in fields:
         raise TableError("tensors of experts need the config field num_experts", file=origin)
-    _config_computable(rules, [name for name, _ in words], tensors, rows, origin)
-    _names_something(table, known, origin)
+    check_family(table, rules, tensors, rows, _SCOPE, DIALECTS.names(), origin)
     return Family(
         name,
         origin,
@@ -239,52 +233,6 @@ def _family(table: dict[str, Any], origin: str) -> Family:
         words,
         {name: text_of(table_of(table, "refuse", origin), name, origin, "[refuse]") for name in table_of(table, "refuse", origin)},
     )
-
-
-def _config_computable(
-    rules: Sequence[ConfigRule], words: Sequence[str], tensors: Sequence[HubTensor], rows: Sequence[Row], origin: str
-) -> None:
-    """Fields have names of their own, defaults look at fields before them, and what every split counts is among the fields."""
-    fields: set[str] = set()
-    for rule in rules:
-        _own_name(rule.name, _SCOPE, f"{origin} [config] {rule.name}")
-        if rule.default is not None and (unknown := rule.default.names - fields - {"true", "false", "none"}):
-            raise TableError(
-                f"a default looks at {min(unknown)!r}, which is no field before it",
-                file=f"{origin} [config] {rule.name}",
-                actual=repr(rule.default.text),
-                remedy=f"Before it: {', '.join(sorted(fields))}",
-            )
-        fields.add(rule.name)
-    for word in words:
-        _own_name(word, _SCOPE | fields, f"{origin} [layer] {word}")
-    if "num_hidden_layers" not in fields:
-        raise TableError("a family needs the config field num_hidden_layers", file=f"{origin} [config]")
-    for what, entry in [(f"[[tensor]] {t.name}", t) for t in tensors] + [(f"[[row]] {i + 1}", row) for i, row in enumerate(rows)]:
-        if lacking := sorted(_COUNTED.get(entry.split, set()) - fields):
-            raise TableError(f"the split {entry.split!r} needs the config field {lacking[0]}", file=f"{origin} {what}")
-    for tensor in tensors:
-        if tensor.split in ("columns", "head_columns") and len(tensor.shape) < 2:
-            raise TableError(
-                f"the split {tensor.split!r} cuts a second axis", file=f"{origin} [[tensor]] {tensor.name}",
-                expected="two extents", actual=[extent.text for extent in tensor.shape],
-            )  # fmt: skip
-
-
-def _own_name(name: str, taken: set[str], where: str) -> None:
-    if name in taken:
-        raise TableError(f"the name {name!r} means something else already", file=where, remedy="Call it otherwise")
-
-
-def _names_something(table: Mapping[str, Any], tensors: set[str], origin: str) -> None:
-    """Patterns and names of dialects that are misspelt would do nothing, and nobody would know."""
-    for pattern in texts_of(table, "keep_dtype", origin):
-        if not any(fnmatchcase(name.replace("{layer}", "0").replace("{expert}", "0"), pattern) for name in tensors):
-            raise TableError("a pattern names no tensor of the family", file=f"{origin} keep_dtype", actual=repr(pattern))
-    known = DIALECTS.names()  # none yet while the built-in families are read
-    for name in table_of(table, "refuse", origin):
-        if known and name not in known:
-            raise TableError(f"there is no dialect {name!r}", file=f"{origin} [refuse]", remedy=f"Known: {', '.join(known)}")
 
 
 def _fields_known(expressions: Sequence[tuple[str, Expression]], fields: set[str], origin: str) -> None:
