@@ -21,7 +21,12 @@ __all__ = ["FILE_NAME", "argument_list", "with_newer_names"]
 
 FILE_NAME = "megatron_args.txt"
 
-_FALSE = {"add_bias_linear": "--disable-bias-linear", "add_position_embedding": "--no-position-embedding"}
+_FALSE = {
+    "add_bias_linear": "--disable-bias-linear", "add_position_embedding": "--no-position-embedding",
+    "bias_gelu_fusion": "--no-bias-gelu-fusion", "bias_swiglu_fusion": "--no-bias-swiglu-fusion",
+    "bias_dropout_fusion": "--no-bias-dropout-fusion", "apply_rope_fusion": "--no-rope-fusion",
+    "masked_softmax_fusion": "--no-masked-softmax-fusion",
+}  # fmt: skip
 """Arguments that are true unless a flag says otherwise."""
 _NEWER = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
 """What core_v0.16 calls two arguments of the versions before; the flags kept their names."""

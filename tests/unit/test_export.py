@@ -40,11 +40,19 @@ def value(text: str, scope: dict[str, Any]) -> Any:
     return eval(text, {"__builtins__": {}}, {**WORDS, **scope})
 
 
+def at(raw: dict[str, Any], key: str) -> Any:
+    """What is under a key; dots lead into objects."""
+    head, _, rest = key.partition(".")
+    return at(raw.get(head) or {}, rest) if rest else raw.get(head)
+
+
 def fields_of(table: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for rule in table["config"]:
-        keys = [key for key in (rule["key"], *rule["other_keys"]) if key is not None and raw.get(key) is not None]
-        found[rule["name"]] = raw[keys[0]] if keys else value(rule["default"], found)
+        held = {key: at(raw, key) for key in (rule["key"], *rule["other_keys"]) if key is not None}
+        given = [content for content in held.values() if content is not None]
+        null = rule.get("null") if any(key in raw for key in held) else None
+        found[rule["name"]] = given[0] if given else value(null or rule["default"], found)
     return found
 
 
@@ -55,7 +63,7 @@ def joined(parts: list[Shape], layout: list[Any]) -> Shape:
             parts = [(sum(shape[0] for shape in parts), *parts[0][1:])]
         elif name == "transpose":
             parts = [parts[0][::-1]]
-        elif name not in ("stack_experts", "pad_vocab"):
+        elif name not in ("stack_experts", "pad_vocab", "roll"):
             raise NotImplementedError(f"say in docs/families.md and here which shape {name} makes")
     return parts[0]
 
