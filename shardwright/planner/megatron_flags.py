@@ -5,6 +5,7 @@
 
 1. A value is ``--its-name value``; true is ``--its-name``; false and None, being Megatron's defaults, are nothing.
 2. What Megatron's parser spells otherwise, or works out from other flags, is in the tables below.
+3. What no flag can say is left to `unsaid`, unless it is what Megatron takes anyway.
 
 Source: Megatron-LM core_v0.16.1 ``training/arguments.py`` and core ``TransformerConfig`` (whose fields become flags). The flags
 are called the same in core_v0.13 to core_v0.19, but that ``--moe-shared-expert-gate`` is new in core_v0.16.
@@ -17,7 +18,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["FILE_NAME", "argument_list", "with_newer_names"]
+__all__ = ["FILE_NAME", "argument_list", "unsaid", "with_newer_names"]
 
 FILE_NAME = "megatron_args.txt"
 
@@ -40,6 +41,8 @@ _NO_FLAG = {
 }  # fmt: skip
 _WHOLE = {"rotary_base"}
 """Numbers that the parser wants without a point."""
+_FIXED = {"original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+"""Fields of core's ``MLATransformerConfig`` that have no flag, and their values there."""
 
 
 def with_newer_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,9 +71,27 @@ def argument_list(arguments: Mapping[str, Any]) -> str:
     return "".join(f"{line}\n" for line in _lines(arguments))
 
 
+def unsaid(arguments: Mapping[str, Any]) -> list[str]:
+    """Warnings about arguments that no flag can say, and that are not what Megatron takes without one.
+
+    >>> unsaid({"beta_fast": 16.0, "beta_slow": 1.0, "num_layers": 2})
+    ['no flag of Megatron-LM says beta_fast = 16.0: it would take 32; set it in the launching code']
+    """
+    found = [(name, usual) for name, usual in _FIXED.items() if arguments.get(name, usual) != usual]
+    found += [(name, int(arguments[name])) for name in sorted(_WHOLE) if _fraction(arguments.get(name))]
+    return [
+        f"no flag of Megatron-LM says {name} = {arguments[name]!r}: it would take {usual}; set it in the launching code"
+        for name, usual in found
+    ]
+
+
+def _fraction(value: Any) -> bool:
+    return isinstance(value, float) and not value.is_integer()
+
+
 def _lines(arguments: Mapping[str, Any]) -> Iterator[str]:
     for name, value in arguments.items():
-        if name in _NO_FLAG or value is None:
+        if name in _NO_FLAG or name in _FIXED or value is None:
             continue
         flag = "--" + name.replace("_", "-")
         if name in _FALSE:
@@ -86,6 +107,6 @@ def _lines(arguments: Mapping[str, Any]) -> Iterator[str]:
 def _spelled(name: str, value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    if name in _WHOLE and isinstance(value, float) and value.is_integer():
-        return str(int(value))
+    if name in _WHOLE and isinstance(value, float):
+        return str(int(value))  # `unsaid` tells of a fraction
     return str(value)

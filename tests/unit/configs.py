@@ -91,6 +91,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 }
 for _family, _config in _CONFIGS.items():
     _config.setdefault("model_type", _family)
+_ONE, _EVEN = Layout(), 256
 CONFIGS = {name: config for name, config in _CONFIGS.items() if name in FAMILIES}
 
 
@@ -99,11 +100,11 @@ def experts(family: str) -> int:
     return next((CONFIGS[family][key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in CONFIGS[family]), 0)
 
 
-def holds(family: str, dialect: str, spec: str | None = None) -> bool:
+def holds(family: str, dialect: str, spec: str | None = None, layout: Layout = _ONE) -> bool:
     """Whether the dialect (in that variant of its names, or its usual one) has a place for all of the family's tiny model."""
     table, words = FAMILIES.get(family), DIALECTS.get(dialect)
     try:
-        expand(table, from_huggingface(CONFIGS[family], table), words, spec or specs_of(words, table)[0], Layout(), None)
+        expand(table, from_huggingface(CONFIGS[family], table), words, spec or specs_of(words, table)[0], layout, _EVEN)
     except UnsupportedError:
         return False
     return True

@@ -48,18 +48,13 @@ def _ways() -> Iterator[Way]:
         layouts = [Layout(), Layout(tp=2), Layout(pp=2, vpp=2), Layout(tp=4, pp=2)]
         if experts(family):
             layouts = [Layout(), Layout(tp=2), Layout(tp=2, pp=2, vpp=2, ep=2), Layout(pp=2, ep=3)]
-        for to, dialect in (("megatron-legacy", "megatron"), ("ranks", "megatron"), ("ranks", "huggingface")):
-            if holds(family, dialect):
-                yield from (Way(family, to, dialect, layout) for layout in (layouts if to == "megatron-legacy" else layouts[2:]))
-        if holds(family, "megatron"):
-            yield from (
-                Way(family, "megatron-legacy", "megatron", layouts[2], spec)
-                for spec in DIALECTS.get("megatron").specs[1:]
-                if holds(family, "megatron", spec)
-            )
-            if experts(family):
-                yield Way(family, "ranks", "megatron", Layout(tp=4, ep=2, etp=2))
-        yield from (Way(family, "huggingface", "huggingface", Layout(), spec) for spec in FAMILIES.get(family).spellings)
+        found = [Way(family, "megatron-legacy", "megatron", layout) for layout in layouts]
+        found += [Way(family, "ranks", dialect, layout) for dialect in ("megatron", "huggingface") for layout in layouts[2:]]
+        found += [Way(family, "megatron-legacy", "megatron", layouts[-1], spec) for spec in DIALECTS.get("megatron").specs[1:]]
+        if experts(family):
+            found.append(Way(family, "ranks", "megatron", Layout(tp=4, ep=2, etp=1)))
+        found += [Way(family, "huggingface", "huggingface", Layout(), spec) for spec in FAMILIES.get(family).spellings]
+        yield from (way for way in found if holds(family, way.dialect, way.spec, way.layout))
 
 
 @pytest.fixture(scope="session")
@@ -161,7 +156,7 @@ NEEDS_CONFIG = dict.fromkeys(("gemma", "gemma2", "gemma3", "opt"), _ACTIVATION)
 def test_megatrons_args_alone_give_the_same_config(family: str, source: Callable[[str], Path], tmp_path: Path) -> None:
     """Without what shardwright left beside the ranks: config.json → args → config.json says the same."""
     home, there = source(family), tmp_path / "there"
-    sw.convert(home, there, to="megatron-legacy", layout=Layout(tp=2, pp=2))
+    sw.convert(home, there, to="megatron-legacy", layout=Layout(pp=2))
     (there / "shardwright.json").unlink()
     shutil.rmtree(there / "hf")
     config = None

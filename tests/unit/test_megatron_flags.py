@@ -18,7 +18,7 @@ import torch
 
 import shardwright as sw
 from shardwright import Layout
-from shardwright.planner.megatron_flags import FILE_NAME, argument_list, with_newer_names
+from shardwright.planner.megatron_flags import FILE_NAME, argument_list, unsaid, with_newer_names
 from shardwright.planner.tables import FAMILIES
 from tests.unit.configs import CONFIGS, experts, holds
 
@@ -28,6 +28,10 @@ DERIVED = {
     "consumed_valid_samples", "iteration", "norm_epsilon", "apply_layernorm_1p",
 }  # fmt: skip
 """Arguments that no flag sets: worked out of others, a run's state, or older names of others."""
+
+
+FIXED = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
+"""What Megatron's config for latent attention has by default, and no flag changes."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,7 +58,7 @@ def arguments_of(root: Path) -> dict[str, Any]:
 def differences(parsed: dict[str, Any], held: dict[str, Any]) -> list[str]:
     """Arguments that the flags and the checkpoint's args do not agree on."""
     found = []
-    for name in sorted(set(held) - DERIVED):
+    for name in sorted(set(held) - DERIVED - set(FIXED)):
         if name not in parsed:
             found.append(f"{name}: Megatron has no such argument")
             continue
@@ -67,8 +71,12 @@ def differences(parsed: dict[str, Any], held: dict[str, Any]) -> list[str]:
 LAYOUTS = (Layout(tp=2, pp=2, vpp=2), Layout(pp=2, stages=(1, 3)), Layout(tp=4))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"tp{layout.tp}-pp{layout.pp}-vpp{layout.vpp}")
-@pytest.mark.parametrize("family", [name for name in CONFIGS if holds(name, "megatron")])
+CASES = [(name, layout) for name in CONFIGS for layout in LAYOUTS if holds(name, "megatron", None, layout)]
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"), CASES, ids=lambda part: part if isinstance(part, str) else f"tp{part.tp}-pp{part.pp}-vpp{part.vpp}"
+)
 def test_flags_say_what_the_args_say(family: str, layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[family]))
     ep = 2 if experts(family) else 1
@@ -101,6 +109,14 @@ def test_a_shell_gives_megatron_these_words() -> None:
     assert ran.stdout.splitlines() == shlex.split(text)
     parsed = vars(parser().parse_args(shlex.split(text)))
     assert {name: parsed[name] for name in held} == held | {"rotary_base": 500000}
+
+
+def test_what_no_flag_can_say_is_warned_of() -> None:
+    assert unsaid(FIXED | {"rotary_base": 10000.0, "num_layers": 3}) == []
+    for name, value in ({name: value + 1 for name, value in FIXED.items()} | {"rotary_base": 10000.5}).items():
+        (text,) = unsaid(FIXED | {name: value})
+        assert f"{name} = {value}" in text
+    assert not {name for _, name, _ in FLAGS} & set(FIXED), "Megatron has no such flags"
 
 
 def test_a_wrong_list_is_noticed() -> None:

@@ -27,7 +27,8 @@ def targets(family: str) -> list[tuple[str, Layout, dict[str, Any]]]:
     ep = 2 if experts(family) else 1
     found = [("huggingface", Layout(), {}), ("ranks", Layout(tp=2, pp=2, ep=ep), {"pad_vocab_to": 2, "dtype": "bfloat16"})]
     if holds(family, "megatron"):
-        found.append(("megatron-legacy", Layout(tp=2, pp=2, vpp=2, ep=ep), {}))
+        tp = 2 if holds(family, "megatron", None, Layout(tp=2)) else 1
+        found.append(("megatron-legacy", Layout(tp=tp, pp=2, vpp=2, ep=ep), {}))
     return found
 
 

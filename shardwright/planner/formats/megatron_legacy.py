@@ -314,7 +314,7 @@ def _arguments(target: Target) -> tuple[dict[str, Any], list[str]]:
         "consumed_valid_samples": 0,
         "iteration": 0,
     }
-    return megatron_flags.with_newer_names(arguments), warnings
+    return megatron_flags.with_newer_names(arguments), [*warnings, *megatron_flags.unsaid(arguments)]
 
 
 def _stage_arguments(target: Target) -> dict[str, Any]:
