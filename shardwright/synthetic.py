@@ -47,7 +47,7 @@ def synth(
     Parameters
     ----------
     dtype
-        Of every tensor; by default the config's own, else bfloat16.
+        Of every tensor that the family's table gives none; by default the config's own, else bfloat16.
 
     Raises
     ------
@@ -65,7 +65,9 @@ def synth(
     dialect = DIALECTS.get("huggingface")
     spelling = specs_of(dialect, chosen)[0]
     rows = expand(chosen, model, dialect, spelling, Layout(), None)
-    wanted = [Wanted(0, 0, 0, (0,), 0, i.name, name, rows.classes[i.row].whole.shape) for i in rows.instances]
+    own = {t.name.replace("{expert}", "0"): t.dtype for t in chosen.tensors if t.dtype}
+    dtypes = [own.get(row.hub[0].replace("{expert}", "0"), name) for row in rows.classes]
+    wanted = [Wanted(0, 0, 0, (0,), 0, i.name, dtypes[i.row], rows.classes[i.row].whole.shape) for i in rows.instances]
     made = {**raw, ("dtype" if "dtype" in raw else "torch_dtype"): name}
     target = Target(Layout(), dialect, spelling, "safetensors", model, chosen, name, None, max_shard_size, wanted, made, None, ())
     root = Path(out)
