@@ -42,7 +42,7 @@ def synth(
     Parameters
     ----------
     dtype
-        Of every tensor; by default the config's own, else bfloat16.
+        Of every tensor that the family's table gives none; by default the config's own, else bfloat16.
 
     Raises
     ------

@@ -21,7 +21,7 @@ __all__ = ["FAMILY_KEYS", "entries_of", "extended", "known_keys", "listed", "rea
 
 FAMILY_KEYS = {
     "name", "extends", "model_types", "architecture", "infer", "config", "tensor", "alias", "ignore", "keep_dtype",
-    "spellings", "row", "layer", "refuse",
+    "spellings", "row", "layer", "refuse", "carries",
 }  # fmt: skip
 
 

@@ -14,14 +14,14 @@ Boundary: dictionaries in, dictionaries out.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError, UnknownFamilyError, UnsupportedError
 from .tables import FAMILIES, ConfigRule, Family
 
-__all__ = ["ModelConfig", "check_types", "family_of", "from_huggingface", "infer_family", "layer_scope", "to_huggingface"]
+__all__ = ["ModelConfig", "carried_method", "check_types", "family_of", "from_huggingface", "infer_family", "layer_scope", "to_huggingface"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +83,51 @@ def from_huggingface(raw: Mapping[str, Any], family: Family, file: str = "config
 
 
 def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], file: str) -> Any:
-    found = {key: raw[key] for key in (rule.key, *rule.other_keys) if key is not None and raw.get(key) is not None}
+    keys = [key for key in (rule.key, *rule.other_keys) if key is not None]
+    found = {key: value for key in keys if (value := _at(raw, key)) is not None}
     if found:
         key, value = next(iter(found.items()))
         if other := next((k for k, v in found.items() if v != value), None):
             raise ConfigError(f"{key} and {other} disagree", file=file, expected=value, actual=found[other])
         return value
+    if rule.null is not None and any(key in raw for key in keys):
+        return rule.null(fields)
     if rule.default is None:
         raise ConfigError(f"the config lacks {rule.key!r}", file=file, remedy="Complete it, or give another with --config")
     return rule.default(fields)
 
 
+def _at(raw: Mapping[str, Any], key: str) -> Any:
+    """The value under a key, dots leading into tables; None where there is none."""
+    head, _, rest = key.partition(".")
+    value = raw.get(head)
+    return value if not rest else _at(value, rest) if isinstance(value, Mapping) else None
+
+
 _COUNTS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "shared_expert_intermediate_size",
+    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_layer_freq",
 )  # fmt: skip
-_SWITCHES = ("tie_word_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm", "norm_topk_prob", "shared_expert_gate")
-_NUMBERS = ("max_position_embeddings", "rms_norm_eps", "rope_theta", "router_aux_loss_coef")
+_SWITCHES = (
+    "tie_word_embeddings",
+    "qkv_bias",
+    "attention_out_bias",
+    "mlp_bias",
+    "qk_norm",
+    "norm_topk_prob",
+    "shared_expert_gate",
+    "rope_interleave",
+)
+_NUMBERS = (
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "router_aux_loss_coef",
+    "routed_scaling_factor",
+    "swiglu_limit",
+    "swiglu_alpha",
+)
 
 
 def _check_count(name: str, fields: Mapping[str, Any], file: str) -> None:
@@ -184,7 +212,7 @@ def to_huggingface(config: ModelConfig, family: Family, dtype: str, base: Mappin
         The source's own config.json, where it travelled along.
     """
     if base is not None and base.get("model_type") in family.model_types:
-        made = {k: v for k, v in base.items() if k != "quantization_config"}
+        made = {k: v for k, v in base.items() if k != "quantization_config" or carried_method(base, family)}
         key = "torch_dtype" if "torch_dtype" in made and "dtype" not in made else "dtype"
         if made.get(key) != dtype:
             made[key] = dtype
@@ -202,11 +230,28 @@ def to_huggingface(config: ModelConfig, family: Family, dtype: str, base: Mappin
                 expected=made[rule.key],
                 actual=value,
             )
+        elif "." in rule.key:
+            _put(made, rule.key, value)
         elif rule.key not in ("rope_theta", "rope_scaling"):
             made[rule.key] = value
     if "rope_theta" in config.fields:
         made.update(_both_ropes(config))
     return {**made, "torch_dtype": dtype, "dtype": dtype}
+
+
+def _put(made: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value under a key with dots; None leaves no tables."""
+    head, _, rest = key.partition(".")
+    if not rest:
+        made[head] = value
+    elif value is not None:
+        _put(made.setdefault(head, {}), rest, value)
+
+
+def carried_method(raw: Mapping[str, Any] | None, family: Family) -> str | None:
+    """The config's quantisation method, if the family's table lists its tensors: they are carried as they are stored."""
+    method = _at(raw or {}, "quantization_config.quant_method")
+    return method if method in family.carries else None
 
 
 def _expect_fixed(rule: ConfigRule, value: Any, config: ModelConfig) -> None:
@@ -224,15 +269,17 @@ def _both_ropes(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def infer_family(fields: Mapping[str, Any], file: str) -> Family:
-    """The one family whose ``infer`` condition holds.
+def infer_family(fields: Mapping[str, Any], file: str, special: Collection[str] = ()) -> Family:
+    """The one family whose ``infer`` condition holds, among those that have all fields of `special`.
 
     Raises
     ------
     ConfigError
         None or several do.
     """
-    found = [family for family in FAMILIES if family.infer.names <= set(fields) | {"true", "false", "none"} and family.infer(fields)]
+    known = set(fields) | {"true", "false", "none"}
+    able = [family for family in FAMILIES if set(special) <= {rule.name for rule in family.config}]
+    found = [family for family in able if family.infer.names <= known and family.infer(fields)]
     if len(found) != 1:
         raise ConfigError(
             "the family cannot be told from the args", file=file, actual=[f.name for f in found], remedy="Name it with --family"

@@ -7,7 +7,8 @@
 Experts: ``moe_layer_freq`` (1 and 0 per layer, or every n-th) says what a family's word ``moe`` says; softmax before the
 choice of experts (``moe_router_pre_softmax``) is Hugging Face's ``norm_topk_prob = false``, since choosing first and then
 taking the softmax of the chosen is the same as normalising afterwards
-(source: Megatron-core ``transformer/moe/moe_utils.topk_routing_with_score_function``).
+(source: Megatron-core ``transformer/moe/moe_utils.topk_routing_with_score_function``). Latent attention and GPT-OSS's parts have
+modules of their own.
 Boundary: dictionaries in, dictionaries out.
 """
 
@@ -19,6 +20,8 @@ from typing import Any
 from ..errors import ConfigError, UnsupportedError
 from .config import ModelConfig, check_types, infer_family, layer_scope
 from .megatron_flags import with_newer_names
+from .megatron_latent import latent_fields, latent_to_megatron
+from .megatron_sinks import sinks_fields, sinks_to_megatron
 from .tables import DIALECT_WORDS, Family
 
 __all__ = ["from_megatron", "to_megatron"]
@@ -46,6 +49,13 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
             actual={k: config[k] for k in ("qkv_bias", "attention_out_bias", "mlp_bias")},
         )
     rope, warnings = _megatron_rope(config)
+    special: dict[str, Any] = {}
+    if config.fields.get("mla"):
+        special, warnings = latent_to_megatron(config)
+    elif config.fields.get("sinks"):
+        special, told = sinks_to_megatron(config)
+        warnings = told or warnings
+    experts, unsaid = _megatron_experts(config, family)
     window = config.fields.get("sliding_window")
     arguments = {
         "num_layers": config["num_hidden_layers"],
@@ -54,7 +64,7 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
         "num_attention_heads": heads,
         "group_query_attention": groups != heads,
         "num_query_groups": groups,
-        "kv_channels": config["head_dim"],
+        "kv_channels": config["v_head_dim" if "mla" in config.fields else "head_dim"],
         "vocab_size": config["vocab_size"],
         "max_position_embeddings": config["max_position_embeddings"],
         "seq_length": config["max_position_embeddings"],
@@ -72,28 +82,61 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
         "apply_layernorm_1p": False,
         "window_size": None if window is None else (window - 1, 0),
-        **_megatron_experts(config, family),
+        **experts,
+        **special,
     }
-    return arguments, warnings
+    return arguments, warnings + unsaid
 
 
-def _megatron_experts(config: ModelConfig, family: Family) -> dict[str, Any]:
+def _megatron_experts(config: ModelConfig, family: Family) -> tuple[dict[str, Any], list[str]]:
     pattern = [int(layer_scope(family, {**DIALECT_WORDS, **config.fields}, n)["moe"]) for n in range(config["num_hidden_layers"])]
     if not config.fields.get("num_experts") or not any(pattern):
-        return {"num_experts": None}
+        return {"num_experts": None}, []
     shared = config.fields.get("shared_expert_intermediate_size", 0)
-    return {
+    routing, warnings = _megatron_routing(config)
+    arguments = {
         "num_experts": config["num_experts"],
         "moe_layer_freq": 1 if all(pattern) else pattern,
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
         "moe_router_topk": config["num_experts_per_tok"],
-        "moe_router_score_function": "softmax",
-        "moe_router_pre_softmax": not config["norm_topk_prob"],
+        **routing,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": config["router_aux_loss_coef"],
         "moe_shared_expert_intermediate_size": shared or None,
         "moe_shared_expert_gate": bool(shared) and config["shared_expert_gate"],
     }
+    return arguments, warnings
+
+
+def _megatron_routing(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    """How experts are chosen and weighed; a warning where Megatron-core chooses groups of experts by other sums."""
+    sigmoid = config.fields.get("scoring_func", "softmax") == "sigmoid"
+    chosen, normalised, scale = config["num_experts_per_tok"], config["norm_topk_prob"], config.fields.get("routed_scaling_factor", 1.0)
+    if (sigmoid and not normalised and chosen > 1) or (not sigmoid and normalised and scale != 1):
+        raise UnsupportedError(
+            "Megatron-core normalises sigmoid scores, and never scales softmax scores that are normalised",
+            actual={"scoring_func": config["scoring_func"], "norm_topk_prob": normalised, "routed_scaling_factor": scale},
+        )
+    method = config.fields.get("topk_method", "greedy")
+    found: dict[str, Any] = {
+        "moe_router_score_function": "sigmoid" if sigmoid else "softmax",
+        "moe_router_pre_softmax": not sigmoid and not normalised,
+    }
+    if "scoring_func" not in config.fields:
+        return found, []
+    groups, kept = (None, None) if method == "greedy" else (config["n_group"], config["topk_group"])
+    found |= {
+        "moe_router_topk_scaling_factor": None if scale == 1 else scale,
+        "moe_router_enable_expert_bias": method == "noaux_tc",
+        "moe_router_num_groups": groups,
+        "moe_router_group_topk": kept,
+        "moe_router_dtype": "fp32",
+    }
+    best = 2 if method == "noaux_tc" else 1
+    if kept and chosen // kept != best and groups != kept:
+        sums = f"by the sum of each group's best {chosen // kept}, transformers by its best {best}"
+        return found, [f"Megatron-core ranks groups of experts {sums}: some tokens go to other experts"]
+    return found, []
 
 
 def _megatron_rope(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
@@ -131,7 +174,6 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
     UnsupportedError
         A model that no family here describes (LayerNorm, learned positions, partial rotary …).
     """
-
     arguments = with_newer_names(arguments)
 
     def need(name: str) -> Any:
@@ -139,7 +181,9 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
             raise ConfigError(f"the checkpoint's args lack {name!r}", file=file, remedy="Give --family and --config config.json")
         return arguments[name]
 
-    for name, wanted in (("normalization", "RMSNorm"), ("position_embedding_type", "rope"), ("swiglu", True)):
+    sinks = arguments.get("softmax_type", "vanilla") == "learnable"
+    expected = (("normalization", "RMSNorm"), *(() if sinks else (("position_embedding_type", "rope"), ("swiglu", True))))
+    for name, wanted in expected:
         if need(name) != wanted:
             raise UnsupportedError(f"no family here has args.{name} = {arguments[name]!r}", file=file, expected=wanted)
     for name, usual in _USUAL.items():
@@ -173,22 +217,29 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
         "attention_out_bias": linear_bias,
         "mlp_bias": linear_bias,
         "qk_norm": bool(arguments.get("qk_layernorm")),
+        "mla": False,
+        "sinks": False,
         "sliding_window": _window(arguments.get("window_size"), file),
         **_experts_from_megatron(arguments, need("num_layers"), file),
+        **(latent_fields(arguments, need) if arguments.get("multi_latent_attention") else {}),
+        **(sinks_fields(arguments, need, file) if sinks else {}),
     }
-    check_types({name: value for name, value in fields.items() if value or name not in _OPTIONAL}, file)
-    found = family or infer_family(fields, file)
+    special = {name for name, absent in _OPTIONAL.items() if fields[name] != absent}
+    check_types({name: value for name, value in fields.items() if name in special or name not in _OPTIONAL}, file)
+    found = family or infer_family(fields, file, special)
     declared = {rule.name for rule in found.config}
-    if foreign := next((name for name in _OPTIONAL if fields[name] and name not in declared), None):
+    if foreign := next(iter(sorted(special - declared)), None):
         raise UnsupportedError(f"family {found.name!r} has no {foreign}", file=file, actual=fields[foreign], remedy="Name another --family")
     return ModelConfig(found.name, _declared(found, fields, file))
 
 
-_OPTIONAL = ("num_experts", "shared_expert_intermediate_size")
-"""Sizes that are 0 where a model has no such part; a family that does not declare them has none."""
+_OPTIONAL: Mapping[str, Any] = {
+    "num_experts": 0, "shared_expert_intermediate_size": 0, "mla": False, "sinks": False, "scoring_func": "softmax",
+    "topk_method": "greedy", "n_group": None, "topk_group": None, "routed_scaling_factor": 1.0,
+}  # fmt: skip
+"""What a model has not, and its field's value then; a family that does not declare the field has no such part."""
 _USUAL = {
-    "rotary_percent": 1.0, "rotary_interleaved": False, "apply_layernorm_1p": False, "moe_router_score_function": "softmax",
-    "moe_router_enable_expert_bias": False, "moe_router_num_groups": None, "moe_router_topk_scaling_factor": None,
+    "rotary_percent": 1.0, "rotary_interleaved": False, "apply_layernorm_1p": False,
 }  # fmt: skip
 """What every family here has; another value is a model that no table describes."""
 
@@ -208,22 +259,42 @@ def _declared(family: Family, fields: dict[str, Any], file: str) -> dict[str, An
 
 def _experts_from_megatron(arguments: Mapping[str, Any], layers: int, file: str) -> dict[str, Any]:
     experts = arguments.get("num_experts")
+    routing = _routing_from_megatron(arguments)
     if experts is None:
-        return {"num_experts": 0, "shared_expert_intermediate_size": 0, "shared_expert_gate": False, "dense_layers": False}
+        return {"num_experts": 0, "shared_expert_intermediate_size": 0, "shared_expert_gate": False, "dense_layers": False, **routing}
     pattern = _pattern(arguments.get("moe_layer_freq", 1), layers, file)
     shared = arguments.get("moe_shared_expert_intermediate_size") or 0
     dense = [layer for layer, moe in enumerate(pattern) if not moe]
+    each = arguments.get("moe_ffn_hidden_size") or arguments["ffn_hidden_size"]
+    # Families that count the dense layers at the beginning, and shared experts in multiples of one.
+    first = {"first_k_dense_replace": len(dense), "moe_layer_freq": 1} if dense == list(range(len(dense))) else {}
+    several = {"n_shared_experts": shared // each} if shared % each == 0 else {}
     return {
+        **routing,
+        **first,
+        **several,
         "num_experts": experts,
         "num_experts_per_tok": arguments.get("moe_router_topk", 2),
-        "moe_intermediate_size": arguments.get("moe_ffn_hidden_size") or arguments["ffn_hidden_size"],
-        "norm_topk_prob": not arguments.get("moe_router_pre_softmax", False),
+        "moe_intermediate_size": each,
+        "norm_topk_prob": routing["scoring_func"] == "sigmoid" or not arguments.get("moe_router_pre_softmax", False),
         "router_aux_loss_coef": arguments.get("moe_aux_loss_coeff", 0.0),
         "shared_expert_intermediate_size": shared,
         "shared_expert_gate": bool(shared) and bool(arguments.get("moe_shared_expert_gate", False)),
         "decoder_sparse_step": 1,
         "mlp_only_layers": dense,
         "dense_layers": bool(dense),
+    }
+
+
+def _routing_from_megatron(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    groups, scale = arguments.get("moe_router_num_groups"), arguments.get("moe_router_topk_scaling_factor")
+    unbiased = "greedy" if groups is None else "group_limited_greedy"
+    return {
+        "scoring_func": arguments.get("moe_router_score_function", "softmax"),
+        "topk_method": "noaux_tc" if arguments.get("moe_router_enable_expert_bias") else unbiased,
+        "n_group": groups,
+        "topk_group": arguments.get("moe_router_group_topk"),
+        "routed_scaling_factor": 1.0 if scale is None else scale,
     }
 
 

@@ -38,6 +38,9 @@ _NO_FLAG = {
     "use_mcore_models",                       # always so; the flag is deprecated
     "consumed_train_samples", "consumed_valid_samples", "iteration",   # a run's state
     *_NEWER.values(),
+    # YaRN outside latent attention, which `megatron_sinks` warns of: fields of core's configs that its parser lacks
+    "yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
+    "yarn_mscale_all_dim", "yarn_correction_range_round_to_int",
 }  # fmt: skip
 _WHOLE = {"rotary_base"}
 """Numbers that the parser wants without a point."""
@@ -107,6 +110,8 @@ def _lines(arguments: Mapping[str, Any]) -> Iterator[str]:
 def _spelled(name: str, value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
+    if name == "position_embedding_type" and value == "yarn":
+        return "rope"  # the parser's nearest choice; the model takes "yarn" from code alone
     if name in _WHOLE and isinstance(value, float):
         return str(int(value))  # `unsaid` tells of a fraction
     return str(value)

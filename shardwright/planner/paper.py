@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ConfigError, ContainerError, UnsupportedError, UsageError
-from .config import family_of, from_huggingface
+from .config import carried_method, family_of, from_huggingface
 from .containers import CONTAINERS
 from .containers.base import TensorSpec
 from .formats import FORMATS
@@ -73,7 +73,7 @@ def lay_out(
     raw
         The content of config.json, and in `path` its name for messages.
     dtype
-        Of every tensor.
+        Of every tensor that the family's table gives none.
     config
         The bytes of config.json; None: `raw`, as transformers would write it.
 
@@ -86,7 +86,9 @@ def lay_out(
     dialect = DIALECTS.get("huggingface")
     spelling = specs_of(dialect, family)[0]
     rows = expand(family, model, dialect, spelling, Layout(), None)
-    wanted = [Wanted(0, 0, 0, (0,), 0, i.name, dtype, rows.classes[i.row].whole.shape) for i in rows.instances]
+    own = {t.name.replace("{expert}", "0"): t.dtype for t in family.tensors if t.dtype}
+    dtypes = [own.get(row.hub[0].replace("{expert}", "0"), dtype) for row in rows.classes]
+    wanted = [Wanted(0, 0, 0, (0,), 0, i.name, dtypes[i.row], rows.classes[i.row].whole.shape) for i in rows.instances]
     target = Target(Layout(), dialect, spelling, "safetensors", model, family, dtype, None, max_shard_size, wanted, raw, config, ())
     filing = FORMATS.get("huggingface").file(target)
     for unit in filing.units:
@@ -140,11 +142,11 @@ def open_config(store: Store, path: str, family: Family | None) -> Source:
     UnknownFamilyError, ConfigError
         No table describes the model, or the config does not fit it.
     UnsupportedError
-        The config describes quantised weights.
+        The config describes quantised weights that the family's table does not list.
     """
     raw = read_object(store, path)
     chosen = family or family_of(raw, path)
-    if (quantised := raw.get("quantization_config")) is not None:
+    if (quantised := raw.get("quantization_config")) is not None and carried_method(raw, chosen) is None:
         raise UnsupportedError(
             "a config alone does not say how its weights are quantised, tensor by tensor", file=path,
             actual=quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised,

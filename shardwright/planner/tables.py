@@ -42,6 +42,7 @@ __all__ = [
     "Family",
     "HubTensor",
     "Ignore",
+    "Refusal",
     "Row",
     "load_dialect",
     "load_family",
@@ -51,25 +52,27 @@ __all__ = [
 STAGES = ("first", "last", "layer")
 ALWAYS = parse("true")
 STACK = "stack_experts"
-DIALECT_WORDS: Mapping[str, Any] = {"moe": False, "gated_mlp": True, "num_experts": 0, "tie_word_embeddings": False}
+DIALECT_WORDS: Mapping[str, Any] = {"moe": False, "gated_mlp": True, "mla": False, "num_experts": 0, "tie_word_embeddings": False}
 """What a dialect may ask of every family, and the answer of a family that does not say."""
-_SCOPE = {"family", "layer", "tp", "pp", "vpp", "ep", "padded_vocab_size", "true", "false", "none"}
+_SCOPE = {"family", "layer", "tp", "pp", "vpp", "ep", "etp", "padded_vocab_size", "true", "false", "none"}
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigRule:
-    """One canonical field: the config.json key that holds it (and others that some versions write instead), what transformers
-    assumes without it, or a fixed value."""
+    """One canonical field: the config.json key that holds it (and others that some versions write instead; dots lead into
+    tables), what transformers assumes without it, what an explicit null means where that is something else, or a fixed value."""
 
     name: str
     key: str | None
     default: Expression | None
     other_keys: tuple[str, ...] = ()
+    null: Expression | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class HubTensor:
-    """A tensor of the model: canonical name, shape, condition, split kind, stage, Hugging Face spelling."""
+    """A tensor of the model: canonical name, shape, condition, split kind, stage, Hugging Face spelling; its dtype where that is
+    not the model's."""
 
     name: str
     shape: tuple[Expression, ...]
@@ -77,6 +80,7 @@ class HubTensor:
     split: str
     stage: str
     stored: str
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +94,18 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class Ignore:
-    """Stored tensors that are left out and listed, and why."""
+    """Stored tensors that are left out and listed, and why; a family's pattern may name config fields: ``{num_hidden_layers}``."""
 
     pattern: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a dialect cannot hold a family, under a condition on config and layout."""
+
+    reason: str
+    when: Expression
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +121,9 @@ class Family:
     layer_words
         Words whose value depends on ``layer``; ``moe`` says whether it has experts.
     refuse
-        Dialect name → why it cannot hold this family.
+        Dialect name → why it cannot hold this family, and when.
+    carries
+        Quantisation methods whose tensors the table lists: they go from file to file as they are stored.
     """
 
     name: str
@@ -125,7 +139,8 @@ class Family:
     spellings: tuple[str, ...]
     rows: tuple[Row, ...]
     layer_words: tuple[tuple[str, Expression], ...]
-    refuse: Mapping[str, str]
+    refuse: Mapping[str, tuple[Refusal, ...]]
+    carries: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +179,7 @@ class Dialect:
 FAMILIES: Registry[Family] = Registry("family", UnknownFamilyError)
 DIALECTS: Registry[Dialect] = Registry("dialect", UsageError)
 
+_DTYPES = ("float32", "uint8")
 _DIALECT_KEYS = {"name", "numbering", "kv_heads", "pad_vocab", "specs", "rows", "row", "ignore"}
 
 
@@ -214,6 +230,12 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     fields |= {name for name, _ in words}
     _fields_known([(t.name, e) for t in tensors for e in (*t.shape, t.when)] + [(a.name, a.when) for a in aliases], fields, origin)
     _fields_known([(f"[[row]] {i + 1}", row.when) for i, row in enumerate(rows)], fields | _SCOPE | set(DIALECT_WORDS), origin)
+    refuse = {name: _refusals(table_of(table, "refuse", origin), name, origin) for name in table_of(table, "refuse", origin)}
+    _fields_known(
+        [(f"[refuse] {name}", r.when) for name, all_ in refuse.items() for r in all_],
+        fields - {"layer"} | _SCOPE | set(DIALECT_WORDS),
+        origin,
+    )
     if any("{expert}" in t.name for t in tensors) and "num_experts" not in fields:
         raise TableError("tensors of experts need the config field num_experts", file=origin)
     check_family(table, rules, tensors, rows, _SCOPE, DIALECTS.names(), origin)
@@ -231,8 +253,22 @@ def _family(table: dict[str, Any], origin: str) -> Family:
         spellings,
         rows,
         words,
-        {name: text_of(table_of(table, "refuse", origin), name, origin, "[refuse]") for name in table_of(table, "refuse", origin)},
+        refuse,
+        tuple(texts_of(table, "carries", origin)),
     )
+
+
+def _refusals(table: Mapping[str, Any], dialect: str, origin: str) -> tuple[Refusal, ...]:
+    """A reason, or several with their conditions."""
+    if not isinstance(table[dialect], list):
+        return (Refusal(text_of(table, dialect, origin, "[refuse]"), ALWAYS),)
+    found = []
+    for entry in entries_of(table, dialect, origin):
+        known_keys(entry, {"when", "reason"}, origin, f"[refuse] {dialect}")
+        found.append(
+            Refusal(text_of(entry, "reason", origin, f"[refuse] {dialect}"), parse(entry.get("when", "true"), f"{origin} [refuse]"))
+        )
+    return tuple(found)
 
 
 def _fields_known(expressions: Sequence[tuple[str, Expression]], fields: set[str], origin: str) -> None:
@@ -247,7 +283,7 @@ def _fields_known(expressions: Sequence[tuple[str, Expression]], fields: set[str
 
 
 def _hub_tensor(entry: dict[str, Any], where: str) -> HubTensor:
-    known_keys(entry, {"name", "shape", "when", "split", "stage", "huggingface"}, where, "a tensor")
+    known_keys(entry, {"name", "shape", "when", "split", "stage", "huggingface", "dtype"}, where, "a tensor")
     name = text_of(entry, "name", where, "a tensor")
     if not isinstance(entry.get("shape"), list):
         raise TableError("a tensor needs a shape: a list of expressions", file=where, actual=entry.get("shape"))
@@ -259,6 +295,7 @@ def _hub_tensor(entry: dict[str, Any], where: str) -> HubTensor:
         _choice(entry.get("split", "none"), SPLITS, where, "split"),
         _stage(stage, [name, stored], "{expert}" in name, where),
         stored,
+        _choice(entry["dtype"], _DTYPES, where, "dtype") if "dtype" in entry else None,
     )
 
 
@@ -273,13 +310,14 @@ def _alias(entry: dict[str, Any], where: str, known: set[str]) -> Alias:
 def _config_rule(name: str, rule: Any, where: str) -> ConfigRule:
     if (
         not isinstance(rule, dict)
-        or not set(rule) <= {"key", "default", "value"}
+        or not set(rule) <= {"key", "default", "null", "value"}
         or ("value" in rule) == ("key" in rule)
         or not all(isinstance(key, str) for key in listed(rule.get("key", "")) or [None])
     ):
-        raise TableError('a config field is { key = "…", default = "…" } or { value = "…" }', file=where, actual=rule)
+        raise TableError('a config field is { key = "…", default = "…", null = "…" } or { value = "…" }', file=where, actual=rule)
     text, keys = rule.get("value", rule.get("default")), listed(rule.get("key", []))
-    return ConfigRule(name, keys[0] if keys else None, None if text is None else parse(text, where), tuple(keys[1:]))
+    null = None if "null" not in rule else parse(rule["null"], where)
+    return ConfigRule(name, keys[0] if keys else None, None if text is None else parse(text, where), tuple(keys[1:]), null)
 
 
 def _dialect(table: dict[str, Any], origin: str) -> Dialect:

@@ -144,6 +144,9 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
             # The scale keeps logits of order 1 at any width: a tolerance then means the same for all cases.
             values = 1 + 0.1 * noise if _is_norm(name, parameter) else noise * 0.8 / parameter.shape[-1] ** 0.5
             parameter.copy_(values.to(parameter.dtype))
+        saved = model.state_dict().keys()
+        for buffer in [buffer for name, buffer in model.named_buffers() if name in saved]:
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
 
 
 def _is_norm(name: str, parameter: torch.Tensor) -> bool:

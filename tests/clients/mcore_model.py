@@ -60,12 +60,39 @@ def prepare() -> None:
     torch.cuda.current_device = lambda: "cpu"  # Megatron passes it as device=
     torch.Tensor.cuda = lambda self, *_args, **_kwargs: self
     torch.nn.Module.cuda = lambda self, *_args, **_kwargs: self
+    from megatron.core.fusions import fused_softmax
     from megatron.core.models import gpt  # noqa: F401 - here and not in each forked rank
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.moe import moe_utils
 
     moe_utils.te_general_gemm = None  # named only where Transformer Engine is installed, but always looked at
     random.CudaRNGStatesTracker.fork = lambda _self, _name=None: contextlib.nullcontext()
+    fused_softmax.get_sliding_window_causal_mask = _sliding_window_mask  # its own one lies on a GPU
+    _let_latent_attention_run(multi_latent_attention, DotProductAttention)
+
+
+def _sliding_window_mask(queries: int, keys: int, window: tuple[int, int]) -> torch.Tensor:
+    """True where a query must not look: ``window`` says how many keys before it and after it are seen."""
+    ones = torch.ones(queries, keys, dtype=torch.bool)
+    before, after = keys - queries - window[0], keys - queries + window[1]
+    return ~(torch.triu(ones, before) & torch.tril(ones, after))
+
+
+def _let_latent_attention_run(module: Any, kernel: Any) -> None:
+    """Latent attention is written for Transformer Engine: its classes are compared with, and its kernel is told the sizes of
+    keys and values, which the kernel without it takes from ``kv_channels``."""
+    for name in ("TELinear", "TEColumnParallelLinear"):
+        if not isinstance(getattr(module, name, None), type):
+            setattr(module, name, type(name, (), {}))
+    plain = kernel.__init__
+
+    def init(self: Any, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **options: Any) -> None:
+        plain(self, *args, **options)
+        _demand(v_channels in (None, self.hidden_size_per_attention_head), f"kv_channels is not {v_channels}")
+
+    kernel.__init__ = init
 
 
 def rank_file(folder: Path, tp: int, pp: int, *, pp_size: int, ep: int = 0, ep_size: int = 1) -> Path:
@@ -146,7 +173,9 @@ def build(args: Namespace, first: bool, last: bool, vp_stage: int | None) -> tor
     if config.num_moe_experts:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=args.normalization, vp_stage=vp_stage)
     else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=args.qk_layernorm, normalization=args.normalization, multi_latent_attention=config.multi_latent_attention
+        )
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -167,17 +196,19 @@ def build(args: Namespace, first: bool, last: bool, vp_stage: int | None) -> tor
 
 def _transformer_config(args: Namespace) -> Any:
     """Megatron's ``core_transformer_config_from_args``, for what these models use, with every fusion off."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.fusions.fused_bias_geglu import quick_gelu
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    _demand(args.swiglu, "swiglu is off")
-    return TransformerConfig(
+    _demand(args.swiglu or args.quick_geglu, "no gated activation")
+    latent = getattr(args, "multi_latent_attention", False)
+    made = (MLATransformerConfig if latent else TransformerConfig)(
         **{name: getattr(args, name) for name in _SAME_NAME},
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
         layernorm_epsilon=args.norm_epsilon,
         layernorm_zero_centered_gamma=getattr(args, "apply_layernorm_1p", False),
         rotary_interleaved=getattr(args, "rotary_interleaved", False),
         gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        activation_func=torch.nn.functional.silu if args.swiglu else quick_gelu,
         num_layers_in_first_pipeline_stage=getattr(args, "decoder_first_pipeline_num_layers", None),
         num_layers_in_last_pipeline_stage=getattr(args, "decoder_last_pipeline_num_layers", None),
         pipeline_model_parallel_layout=getattr(args, "pipeline_model_parallel_layout", None),
@@ -194,7 +225,13 @@ def _transformer_config(args: Namespace) -> Any:
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         **(_experts(args) if getattr(args, "num_experts", None) else {}),
+        **{name: getattr(args, name) for name in (_SAME_NAME_LATENT if latent else ())},
+        **{name: getattr(args, name) for name in _SAME_NAME_SINKS if hasattr(args, name) and hasattr(args, "softmax_type")},
     )
+    for name, value in vars(args).items():
+        if name.startswith("yarn_"):  # read by the model, not declared by the config
+            setattr(made, name, value)
+    return made
 
 
 def _experts(args: Namespace) -> dict[str, Any]:
@@ -202,6 +239,7 @@ def _experts(args: Namespace) -> dict[str, Any]:
     return {
         "num_moe_experts": args.num_experts,
         **{name: getattr(args, name) for name in _SAME_NAME_EXPERTS},
+        **{name: getattr(args, name) for name in _SAME_NAME_ROUTING if hasattr(args, name)},
         "moe_token_dispatcher_type": "allgather",
         "moe_router_load_balancing_type": "none",
     }
@@ -218,6 +256,35 @@ _SAME_NAME_EXPERTS = (
     "moe_shared_expert_intermediate_size",
     "moe_shared_expert_gate",
 )
+
+
+_SAME_NAME_ROUTING = (
+    "moe_router_topk_scaling_factor",
+    "moe_router_enable_expert_bias",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_dtype",
+)
+
+
+_SAME_NAME_LATENT = (
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "rope_type",
+    "rotary_base",
+    "rotary_scaling_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
+
+
+_SAME_NAME_SINKS = ("softmax_type", "window_size", "window_attn_skip_freq", "glu_linear_offset", "activation_func_clamp_value")
 
 
 _SAME_NAME = (
@@ -245,7 +312,8 @@ def _load(model: torch.nn.Module, stored: Mapping[str, Any], args: Namespace) ->
     misshapen = [f"{name} {tuple(given[name].shape)}, not {tuple(wanted[name].shape)}"
                  for name in wanted if given[name].shape != wanted[name].shape]  # fmt: skip
     _demand(not misshapen, f"wrong shapes: {misshapen[:6]}")
-    foreign = [f"{name} {tensor.dtype}" for name, tensor in given.items() if tensor.dtype != args.params_dtype]
+    kept = {name for name in given if name.endswith("router.expert_bias") and given[name].dtype == torch.float32}
+    foreign = [f"{name} {tensor.dtype}" for name, tensor in given.items() if tensor.dtype != args.params_dtype and name not in kept]
     _demand(not foreign, f"args state {args.params_dtype}, stored are {foreign[:6]}")
     model.load_state_dict({name: tensor.float() for name, tensor in given.items()}, strict=False)
 
@@ -254,7 +322,8 @@ def _local_name(name: str) -> str:
     """Transformer Engine's names, for norms fused into the next linear and experts in a grouped GEMM, as the local spec's."""
     name = re.sub(r"self_attention\.linear_qkv\.layer_norm_(weight|bias)$", r"input_layernorm.\1", name)
     name = re.sub(r"mlp\.linear_fc1\.layer_norm_(weight|bias)$", r"pre_mlp_layernorm.\1", name)
-    return re.sub(r"mlp\.experts\.linear_fc([12])\.weight(\d+)$", r"mlp.experts.local_experts.\2.linear_fc\1.weight", name)
+    name = re.sub(r"self_attention\.linear_(q|kv)_up_proj\.layer_norm_weight$", r"self_attention.\1_layernorm.weight", name)
+    return re.sub(r"mlp\.experts\.linear_fc([12])\.(weight|bias)(\d+)$", r"mlp.experts.local_experts.\3.linear_fc\1.\2", name)
 
 
 def _forward(chunks: list[torch.nn.Module], request: Request, rank: int) -> torch.Tensor | None:

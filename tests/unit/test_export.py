@@ -124,5 +124,7 @@ def test_the_schema_is_documented(tables: dict[str, Any]) -> None:
         assert f"`{key}`" in text, key
     for key in {key for table in tables.values() for part in ("config", "tensors", "rows", "aliases") for e in table[part] for key in e}:
         assert f"`{key}`" in text, key
+    refusals = [refusal for table in tables.values() for several in table["refuse"].values() for refusal in several]
+    assert refusals and all(f"`{key}`" in text for refusal in refusals for key in refusal)
     used = {name for table in tables.values() for row in table["rows"] for name, _ in row["layout"]}
     assert used <= set(OPERATIONS.names()) and all(f"`{name}`" in text for name in used)

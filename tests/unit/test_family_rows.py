@@ -188,6 +188,8 @@ def test_interleaved_and_transposed_stacks(tmp_path):
         ("[layer]\nmoe = 'layer ('\n", "not an expression"),
         ("refuse = 3\n", r"\[refuse\] must be a table"),
         ("[refuse]\nmegatron = 3\n", r"\[refuse\] needs 'megatron': a string"),
+        ("[refuse]\nmegatron = [{ why = 3 }]\n", r"\[refuse\] megatron has no entry 'why'.*Known: reason, when"),
+        ('[refuse]\nmegatron = [{ when = "experts", reason = "x" }]\n', r"the field 'experts' is not in \[config\].*\[refuse\] megatron"),
         ("[config]\nhidden_size = { key = [] }\n", "a config field is"),
         ('[config]\nhidden_size = { key = ["a", 3] }\n', "a config field is"),
     ],

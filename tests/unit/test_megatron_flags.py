@@ -34,6 +34,9 @@ FIXED = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow
 """What Megatron's config for latent attention has by default, and no flag changes."""
 
 
+CHOICES = {"position_embedding_type": ["learned_absolute", "rope", "mrope", "relative", "none"], "rope_type": ["rope", "yarn"]}
+
+
 def parser() -> argparse.ArgumentParser:
     """Megatron-LM's, as far as the file goes; its types as in training/arguments.py."""
     kinds: dict[str, Any] = {
@@ -45,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
         if kind in ("true", "false"):
             made.add_argument(flag, dest=name, action=f"store_{kind}")
         else:
-            made.add_argument(flag, dest=name, type=kinds.get(kind.rstrip("+"), str), nargs="+" if kind.endswith("+") else None)
+            several, choices = "+" if kind.endswith("+") else None, CHOICES.get(name)
+            made.add_argument(flag, dest=name, type=kinds.get(kind.rstrip("+"), str), nargs=several, choices=choices)
     return made
 
 
@@ -117,6 +121,23 @@ def test_what_no_flag_can_say_is_warned_of() -> None:
         (text,) = unsaid(FIXED | {name: value})
         assert f"{name} = {value}" in text
     assert not {name for _, name, _ in FLAGS} & set(FIXED), "Megatron has no such flags"
+
+
+YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 16.0, "beta_slow": 2.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "gpt_oss"])
+def test_yarn_is_in_the_flags_or_in_a_warning(family: str, tmp_path: Path) -> None:
+    """The launch script starts with the list as it is; whatever it cannot say of the args, the plan does."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[family] | {"rope_scaling": YARN}))
+    sw.synth(tmp_path / "config.json", tmp_path / "made")
+    job = sw.convert(tmp_path / "made", tmp_path / "out", to="megatron-legacy")
+    parsed = vars(parser().parse_args(shlex.split((tmp_path / "out" / FILE_NAME).read_text())))
+    held = {name: value for name, value in arguments_of(tmp_path / "out").items() if value is not None}
+    said = " ".join(job.plan.warnings)
+    unlike = {text.partition(":")[0] for text in differences(parsed, held)} | (FIXED.keys() & held.keys())
+    assert len(unlike) >= 3
+    assert {name for name in unlike if f"{name} = " not in said and f"'{name}': " not in said} == set()
 
 
 def test_a_wrong_list_is_noticed() -> None:

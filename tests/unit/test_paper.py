@@ -149,6 +149,21 @@ def test_bad_configs(edit: dict[str, Any], kind: type[Exception], says: str, con
         sw.open(config)
 
 
+def test_quantised_weights_that_the_table_lists(tmp_path: Path) -> None:
+    """GPT-OSS as released: blocks and scales are known from the config, and cost what the checkpoint's do."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["gpt_oss"] | {"quantization_config": {"quant_method": "mxfp4"}}))
+    opened = sw.open(tmp_path / "config.json")
+    blocks = opened.stored["model.layers.0.mlp.experts.down_proj_blocks"]
+    assert (blocks.dtype, blocks.shape) == ("uint8", (12, 64, 2, 16))
+    assert opened.stored["lm_head.weight"].dtype == "float32"
+    made = sw.synth(tmp_path / "config.json", tmp_path / "made", sparse=True)
+    real, paper = (sw.plan(path, to="ranks", layout=Layout(tp=2, ep=3), pad_vocab_to=2) for path in (made, made / "config.json"))
+    assert (paper.cost.bytes_read, paper.cost.bytes_written) == (real.cost.bytes_read, real.cost.bytes_written)
+    assert paper.plan.target_tensors == real.plan.target_tensors
+    with pytest.raises(errors.UnsupportedError, match="no MXFP4 weights"):
+        sw.plan(opened, to="megatron-legacy")
+
+
 def test_hints_that_contradict_it(config: Path) -> None:
     with pytest.raises(errors.UsageError, match="a config alone says"):
         sw.open(config, vocab_size=7)

@@ -63,7 +63,7 @@ class MegatronLegacy:
         dialect = _dialect(names, first.objects, next(iter(paths.values())))
         check_units(units, layout, dialect, self.name)
         family, config, raw, warnings = _config(store, hints, identity, fields, next(iter(paths.values())))
-        spec = told_spec(dialect, family, names)
+        spec = told_spec(dialect, family, config, names)
         padded = _padded(units, dialect, spec, layout)
         return Source(
             store,

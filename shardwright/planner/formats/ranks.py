@@ -73,7 +73,7 @@ class Ranks:
             store,
             self.name,
             dialect,
-            told_spec(dialect, family, {name for unit in by_rank.values() for name in unit}),
+            told_spec(dialect, family, config, {name for unit in by_rank.values() for name in unit}),
             container,
             layout,
             family,
@@ -83,7 +83,7 @@ class Ranks:
             units,
             files,
             companions(store, "hf/"),
-            scheme=scheme_of(raw, "hf/config.json"),
+            scheme=scheme_of(raw, family, "hf/config.json"),
             identity=identity,
         )
 

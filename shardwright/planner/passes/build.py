@@ -11,6 +11,7 @@ Boundary: headers and metadata only, through the source's store.
 from __future__ import annotations
 
 import gc
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -92,7 +93,18 @@ def read_side(source: Source, drop: Sequence[str] = ()) -> SourceSide:
     read = expand(family, config, source.dialect, source.spec, source.layout, padded, hub=source.hub, reading=True)
     asked = tuple(Ignore(pattern, "left out with --drop") for pattern in drop)
     numbers = {path: i for i, path in enumerate(source.files)}
-    return resolve(read, source.layout, source.units, numbers, (*asked, *source.dialect.ignore, *source.family.ignore), source.dialect.name)
+    return resolve(read, source.layout, source.units, numbers, (*asked, *source.dialect.ignore, *_ignored(source)), source.dialect.name)
+
+
+def _ignored(source: Source) -> list[Ignore]:
+    """The family's patterns, the config's values in the place of its fields."""
+    found = []
+    for entry in source.family.ignore:
+        pattern = entry.pattern
+        for name in re.findall(r"\{(\w+)\}", pattern):
+            pattern = pattern.replace(f"{{{name}}}", str(source.config[name]))
+        found.append(Ignore(pattern, entry.reason))
+    return found
 
 
 def read_names(source: Source) -> SourceSide:

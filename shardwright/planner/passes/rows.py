@@ -93,20 +93,29 @@ class Expansion:
 def scope(config: ModelConfig, layout: Layout, padded_vocab: int | None) -> dict[str, Any]:
     """What expressions and operations may see: config fields, parallel sizes, the padded vocabulary, the family's name."""
     vocab = padded_vocab if padded_vocab is not None else config.fields.get("vocab_size")
-    sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "ep": layout.ep}
+    sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "ep": layout.ep, "etp": layout.expert_tp}
     return {**DIALECT_WORDS, **config.fields, "family": config.family, **sizes, "padded_vocab_size": vocab}
 
 
 def hub_tensors(family: Family, config: ModelConfig) -> dict[str, Shape]:
     """Every hub tensor of the model: name → shape, in the family's order (first, layers, last)."""
-    found: dict[str, Shape] = {}
-    for stage in ("first", "layer", "last"):
-        for layer in range(config["num_hidden_layers"]) if stage == "layer" else (-1,):
-            fields = layer_scope(family, config.fields, layer) if stage == "layer" else config.fields
-            shapes = _shapes(family, stage, fields)
-            number, experts = str(layer), range(config.fields.get("num_experts", 0))
-            for expert, name in _in_order(shapes, experts):
-                found[name.replace("{layer}", number).replace("{expert}", str(expert))] = shapes[name]
+    fields = config.fields
+    found = _shapes(family, "first", fields)
+    words = {"layer"} | {name for name, _ in family.layer_words}
+    tensors = [t for t in family.tensors if t.stage == "layer"]
+    looks = [e for t in tensors for e in (t.when, *t.shape) if e.names & words]
+    kinds: dict[object, list[tuple[str, Shape]]] = {}
+    for layer in range(config["num_hidden_layers"]):
+        here = layer_scope(family, fields, layer) if looks else fields
+        key = tuple([look(here) for look in looks])
+        if key not in kinds:
+            shapes = _shapes(family, "layer", layer_scope(family, fields, layer))
+            experts = range(fields.get("num_experts", 0))
+            kinds[key] = [(name.replace("{expert}", str(e)), shapes[name]) for e, name in _in_order(shapes, experts)]
+        number = str(layer)
+        for name, shape in kinds[key]:
+            found[name.replace("{layer}", number)] = shape
+    found.update(_shapes(family, "last", fields))
     return found
 
 
@@ -159,8 +168,9 @@ def expand(
     UnsupportedError
         The dialect has no row for a hub tensor of the family, or the family's table refuses it.
     """
-    if reason := family.refuse.get(dialect.name):
-        raise UnsupportedError(f"dialect {dialect.name!r} cannot hold family {family.name!r}: {reason}")
+    fields = scope(config, layout, padded_vocab)
+    if refusal := next((r for r in family.refuse.get(dialect.name, ()) if r.when(fields)), None):
+        raise UnsupportedError(f"dialect {dialect.name!r} cannot hold family {family.name!r}: {refusal.reason}")
     experts = config.fields.get("num_experts", 0)
     if layout.ep > 1 and (not experts or experts % layout.ep):
         raise LayoutError(

@@ -150,16 +150,23 @@ def resolve(
     stages, several = _stages(layout, units), len(units) > 1
     places: list[list[StoredTensor]] = []
     classes, bounds, holders = expansion.classes, side.bounds, side.holders
+    shapes = [row.shards[0].shape for row in classes]
+    strides: tuple[Shape | None, ...]
     for index, name, hub, pp, ep, chunk in expansion.instances:
         row, stage = classes[index], stages[pp, ep, chunk]
-        stored = _look_up(name, row, stage, several, expansion)
-        if stored is None:
+        # One rank, as a Hugging Face checkpoint is: a lookup and a comparison, and `_look_up` only to say what is wrong.
+        lone = stage.units[0].get(name) if len(stage.units) == 1 else None
+        if lone is not None and lone.shape == shapes[index]:
+            stored, strides = [lone], (lone.strides,)
+        elif (looked := _look_up(name, row, stage, several, expansion)) is None:
             continue
-        key = (index, stored[0].dtype, tuple([s.strides for s in stored]))
+        else:
+            stored, strides = looked, tuple([s.strides for s in looked])
+        key = (index, stored[0].dtype, strides)
         number = seen.get(key, -1)
         if number < 0:
             number = seen[key] = len(bounds)
-            bounds.append(Bound(row, stored[0].dtype, key[2] if any(key[2]) else ()))
+            bounds.append(Bound(row, stored[0].dtype, strides if any(strides) else ()))
             places.append([])
         rows = bounds[number].hub
         if row.alias:
