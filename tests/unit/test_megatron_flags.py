@@ -94,7 +94,7 @@ def test_flags_say_what_the_args_say(family: str, layout: Layout, tmp_path: Path
     assert differences(vars(parser().parse_args(shlex.split(text))), held) == []
     padded = -(-held["vocab_size"] // (unit := held["make_vocab_size_divisible_by"] * layout.tp)) * unit
     assert padded == held["padded_vocab_size"], "Megatron's own padding of the vocabulary"
-    assert FILE_NAME not in [p.name for p in sw.convert(out, tmp_path / "back", to="huggingface").plan.copies]
+    assert FILE_NAME not in [p.name for p in sw.plan(out, tmp_path / "back", to="huggingface").plan.copies]
 
 
 def test_a_larger_padding_than_needed_is_said(tmp_path: Path) -> None:
