@@ -1,4 +1,4 @@
-"""Made-up Llamas of about any size.
+"""Made-up Llamas of about any size, and a DeepSeek-V3 to plan.
 
 1. `shape_of` gives the config.json of a model of about that many bytes: Llama-3-8B's own shapes with as many layers as
    fit; with a smaller vocabulary where fewer than three layers would fit, and a narrow model where that does not help.
@@ -9,12 +9,15 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from shardwright import synth
+from shardwright.planner.config import family_of, from_huggingface
+from shardwright.planner.passes.rows import hub_tensors
 
-__all__ = ["LLAMA_70B", "MANY_TENSORS", "make", "shape_of", "sparse"]
+__all__ = ["A_MILLION_TENSORS", "DEEPSEEK_V3", "LLAMA_70B", "MANY_TENSORS", "make", "shape_of", "sparse"]
 
 Config = dict[str, Any]
 
@@ -44,6 +47,22 @@ MANY_TENSORS: Config = {
     "num_key_value_heads": 8, "vocab_size": 64,
 }  # fmt: skip
 """100,002 tensors."""
+A_MILLION_TENSORS: Config = {**MANY_TENSORS, "num_hidden_layers": 111_111}
+"""1,000,002 tensors."""
+DEEPSEEK_V3: Config = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_act": "silu", "hidden_size": 7168,
+    "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128,
+    "num_key_value_heads": 128, "vocab_size": 129280, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3, "moe_layer_freq": 1, "n_group": 8, "topk_group": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "max_position_embeddings": 163840, "rms_norm_eps": 1e-06, "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "tie_word_embeddings": False, "attention_bias": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+"""671 billion parameters, as released, in bfloat16 and without the layer that predicts further tokens."""
 
 
 def shape_of(nbytes: int) -> Config:
@@ -74,7 +93,8 @@ def make(folder: Path, nbytes: int) -> Path:
 
 def sparse(folder: Path, config: Config, files: int) -> Path:
     """Headers and holes of a model, in at least that many files."""
-    nbytes = _tables(config) + config["num_hidden_layers"] * _layer(config)
+    family = family_of(config)
+    nbytes = 2 * sum(map(prod, hub_tensors(family, from_huggingface(config, family)).values()))
     return _synth(folder, config, sparse=True, max_shard_size=nbytes // files)
 
 

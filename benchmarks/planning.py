@@ -1,7 +1,8 @@
 """Planning, in process after imports: how long from opening headers to a proven plan; and what starting costs.
 
 Each model is made sparse (headers and holes), opened and planned; CPU seconds are the median of the repetitions. A further
-run, not counted, times the planner's own steps, which build on one another in the order shown. ``python -m
+run, not counted, times the planner's own steps, which build on one another in the order shown. Peak memory is that of a whole
+process that plans the largest model; `inspect` of it stands beside. ``python -m
 benchmarks.planning --profile CASE`` prints cProfile's view of one case instead. Start-up is that of whole processes.
 """
 
@@ -25,9 +26,9 @@ from shardwright.planner.layout import Layout
 from shardwright.planner.passes import build
 
 from .measure import measure
-from .model import LLAMA_70B, MANY_TENSORS, Config, sparse
+from .model import A_MILLION_TENSORS, DEEPSEEK_V3, LLAMA_70B, MANY_TENSORS, Config, sparse
 
-__all__ = ["CASES", "PlanCase", "run", "start_up"]
+__all__ = ["CASES", "PlanCase", "processes", "run", "start_up"]
 
 STEPS = {
     "read_side": "bind source rows",
@@ -61,7 +62,13 @@ CASES: tuple[PlanCase, ...] = (
     PlanCase("100,002 tensors to huggingface", MANY_TENSORS, 50, 3.0, "huggingface", Layout(), {"max_shard_size": 1_000_000}),
     PlanCase("100,002 tensors to ranks, tp 1", MANY_TENSORS, 50, 3.0, "ranks", Layout(), {}),
     PlanCase("100,002 tensors to ranks, tp 8", MANY_TENSORS, 50, 3.0, "ranks", Layout(tp=8), {}),
-)
+    PlanCase("1,000,002 tensors to huggingface", A_MILLION_TENSORS, 100, 15.0, "huggingface", Layout(), {"max_shard_size": 10_000_000}),
+    PlanCase(
+        "DeepSeek-V3, tp 8 × pp 4 × ep 32 to megatron-legacy", DEEPSEEK_V3, 163, 10.0, "megatron-legacy",
+        Layout(tp=8, pp=4, ep=32, stages=(16, 15, 15, 15)), {},
+    ),
+)  # fmt: skip
+"""The last one is also planned, and inspected, in processes of its own."""
 
 
 def run(work: Path, rounds: int, cases: tuple[PlanCase, ...] = CASES) -> list[dict[str, Any]]:
@@ -123,6 +130,22 @@ def _timing(function: Callable[..., Any], what: str, seconds: dict[str, float]) 
     return timed
 
 
+def processes(work: Path) -> list[dict[str, Any]]:
+    """CPU seconds and peak memory of whole processes over the largest model, and the goals."""
+    case = CASES[-1]
+    source, size = str(_source(work, case)), case.layout
+    stages = ",".join(map(str, size.stages or ()))
+    words = ["--to", case.to, "--tp", str(size.tp), "--pp", str(size.pp), "--ep", str(size.ep), "--pp-layers", stages, "--json"]
+    found = []
+    for command, limit_s, limit_bytes in (("plan", case.limit_s, 500 << 20), ("inspect", 2.0, None)):
+        sample = measure(
+            [str(Path(sys.executable).with_name("shardwright")), command, source, *(words if command == "plan" else ["--json"])]
+        )
+        facts = {"name": f"shardwright {command}, {case.name}", "limit_s": limit_s, "limit_bytes": limit_bytes}
+        found.append({**facts, "cpu_s": sample.cpu_s, "peak_rss_bytes": sample.peak_rss_bytes})
+    return found
+
+
 def start_up(repeat: int = 5) -> dict[str, float]:
     """Median CPU seconds of whole processes that do nothing but start; the interpreter alone beside them."""
     commands = {
@@ -143,7 +166,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="shardwright-bench-") as temporary:
         work = options.work or Path(temporary)
         if options.profile is None:
-            json.dump({"planning": run(work, options.rounds), "start_up": start_up()}, sys.stdout)
+            json.dump({"planning": run(work, options.rounds), "processes": processes(work), "start_up": start_up()}, sys.stdout)
             return
         case = next(c for c in CASES if options.profile in c.name)
         source = _source(work, case)

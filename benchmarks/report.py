@@ -113,6 +113,11 @@ def show_planning(console: Console, planning: dict[str, Any]) -> None:
     started = Table(title="starting, CPU seconds of whole processes (goal 0.30)")
     started.add_column("command")
     started.add_column("CPU s", justify="right")
+    for process in planning.get("processes", []):
+        limit = "" if process["limit_bytes"] is None else f" of {process['limit_bytes'] >> 20} MiB"
+        console.print(
+            f"{process['name']}: {process['cpu_s']:.2f} s of {process['limit_s']:.0f} s, peak {process['peak_rss_bytes'] >> 20} MiB{limit}"
+        )
     for name, seconds in planning["start_up"].items():
         started.add_row(name, f"{seconds:.2f}")
     console.print(started)

@@ -21,11 +21,13 @@ from .planner.formats import FORMATS, open_source
 from .planner.formats.base import Hints, Source
 from .planner.identity import FILE_NAME, read_object
 from .planner.layout import Layout
+from .planner.paper import open_config
 from .planner.passes.build import read_side
 from .planner.passes.request import castable, padded_vocab
 from .planner.passes.rows import expand
 from .planner.passes.sides import SourceSide, stored_bytes
 from .planner.passes.view import View, hub_view, rank_views
+from .planner.plan import PAPER
 from .planner.request import Request
 from .planner.store import LocalStore
 from .planner.tables import DIALECTS, FAMILIES, Family, load_family, specs_of
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["Checkpoint", "PathLike", "Tensor", "find_family", "open"]
+__all__ = ["Checkpoint", "PathLike", "Tensor", "find_family", "no_values", "open"]
 
 Shape = tuple[int, ...]
 PathLike = str | os.PathLike[str]
@@ -54,7 +56,8 @@ def open(
     Parameters
     ----------
     path
-        A directory, a single weight file, an index, or a target's ``shardwright.json``.
+        A directory, a single weight file, an index, or a target's ``shardwright.json``; or a config.json alone, for a
+        checkpoint on paper: it can be planned from and looked at, and has no values.
     family
         A family's name or a family table's path, where the checkpoint does not say or says otherwise.
     config
@@ -68,6 +71,10 @@ def open(
         It is no checkpoint, or not a whole one; names the file, the tensor, expected and actual.
     """
     _refuse_unfinished(Path(path))
+    if _is_config(Path(path)):
+        if config is not None or vocab_size is not None:
+            raise UsageError("a config alone says what --config and --vocab-size would", file=path, remedy="Leave them out")
+        return Checkpoint(open_config(LocalStore(path), Path(path).name, find_family(family)))
     place = Path(path).parent if Path(path).name == FILE_NAME else path
     return Checkpoint(open_source(LocalStore(place), Hints(find_family(family), _config(config), vocab_size)))
 
@@ -81,6 +88,19 @@ def _refuse_unfinished(path: Path) -> None:
             raise CheckpointError(
                 "an unfinished conversion is no checkpoint", file=folder, remedy="Run the conversion again to finish it; it resumes"
             )
+
+
+def _is_config(path: Path) -> bool:
+    """A JSON file that is neither an index nor a target's identity."""
+    return path.suffix == ".json" and path.name != FILE_NAME and not path.name.endswith(".index.json") and path.is_file()
+
+
+def no_values(path: PathLike) -> UnsupportedError:
+    """The refusal to read from a config alone."""
+    return UnsupportedError(
+        "a config has shapes and no values: it can be planned from, not converted or compared", file=path,
+        remedy="Download the checkpoint and give its folder",
+    )  # fmt: skip
 
 
 def find_family(family: str | Family | PathLike | None) -> Family | None:
@@ -111,8 +131,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     @property
     def format(self) -> str:
-        """Its format's name."""
-        return self._source.format
+        """Its format's name; ``"config"`` where there is nothing but a config."""
+        return PAPER if self._source.on_paper else self._source.format
 
     @property
     def family(self) -> str:
@@ -303,6 +323,8 @@ class Tensor:
     def _bytes(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         from .executors.execute import read_box
 
+        if self._checkpoint.source.on_paper:
+            raise no_values(self._checkpoint.path)
         paths = list(self._checkpoint.source.files)
         operands = [(paths[file], offset) for file, offset in self._view.operands]
         return read_box(self._view.tensor.pieces, self.shape, self.dtype, operands=operands, root=self._checkpoint.path)

@@ -130,7 +130,7 @@ main.add_command(diff)
 @source_options
 @as_json_option
 def inspect(src: str, tensors: bool, as_json: bool, **hints: Any) -> None:
-    """Say what a checkpoint is: format, family, layout, config, bytes."""
+    """Say what a checkpoint is, or what a config.json implies: format, family, layout, config, bytes."""
     checkpoint = open_source_of(src, hints)
     source = checkpoint.source
     found: dict[str, Any] = {
@@ -185,7 +185,10 @@ def _dtypes(checkpoint: Checkpoint) -> dict[str, int]:
 @click.option("--save", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Save the plan for convert --plan.")
 @as_json_option
 def plan(src: str, out: str | None, html: str | None, save: str | None, as_json: bool, **options: Any) -> None:
-    """Decide a conversion on paper and show what it costs; nothing is written."""
+    """Decide a conversion on paper and show what it costs; nothing is written.
+
+    SRC may be a config.json alone: shapes then come from the family's table, before anything is downloaded.
+    """
     job = job_of(src, out, options)
     summary = job.summary()
     if html:
@@ -393,26 +396,16 @@ def formats(as_json: bool) -> None:
 @main.command()
 @as_json_option
 def families(as_json: bool) -> None:
-    """List model families."""
+    """List model families; with --json, their whole tables (docs/families.md has the schema)."""
+    from .planner.export import family_json
     from .planner.tables import FAMILIES
 
-    found = {
-        f.name: {"model_types": list(f.model_types), "architecture": f.architecture, "tensors": [_tensor_json(t) for t in f.tensors]}
-        for f in FAMILIES
-    }
-    _listing(found, as_json, hide=("tensors",))
-
-
-def _tensor_json(tensor: Any) -> dict[str, Any]:
-    shape = [extent.text for extent in tensor.shape]
-    return {
-        "name": tensor.name,
-        "shape": shape,
-        "when": tensor.when.text,
-        "split": tensor.split,
-        "stage": tensor.stage,
-        "huggingface": tensor.stored,
-    }
+    found = {family.name: family_json(family) for family in FAMILIES}
+    if as_json:
+        _print(found)
+        return
+    shown = ("model_types", "architecture", "spellings", "refuse")
+    _listing({name: {key: facts[key] for key in shown if facts[key]} for name, facts in found.items()}, as_json)
 
 
 @main.command()

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint, PathLike, open
+from .checkpoint import Checkpoint, PathLike, no_values, open
 from .errors import ReplicaMismatchError, UsageError
 from .planner.cost import cost, figures
 from .planner.fingerprint import plan_hash
@@ -192,6 +192,8 @@ class Conversion:
         """
         from .executors.execute import execute
 
+        if self.plan.on_paper:
+            raise no_values(self.plan.source_root)
         if self.out is None:
             raise UsageError("the plan has no target", remedy="Give OUT when planning")
         try:

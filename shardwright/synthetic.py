@@ -13,18 +13,13 @@ from math import prod
 from pathlib import Path
 
 from .errors import TargetExistsError
-from .planner.config import family_of, from_huggingface
-from .planner.containers import CONTAINERS
-from .planner.containers.base import FileLayout, TensorSpec
-from .planner.formats import FORMATS
-from .planner.formats.base import Target
+from .planner.config import family_of
+from .planner.containers.base import TensorSpec
 from .planner.identity import read_object
-from .planner.layout import Layout
+from .planner.paper import SHARD_BYTES, PaperFile, dtype_of_config, lay_out
 from .planner.passes.request import castable
-from .planner.passes.rows import expand
-from .planner.passes.sides import Wanted
 from .planner.store import LocalStore
-from .planner.tables import DIALECTS, Family, specs_of
+from .planner.tables import Family
 from .planner.tensor.dtypes import dtype as dtype_of
 
 __all__ = ["synth"]
@@ -39,7 +34,7 @@ def synth(
     sparse: bool = False,
     dtype: str | None = None,
     family: Family | None = None,
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int = SHARD_BYTES,
     seed: int = 0,
 ) -> Path:
     """Make a checkpoint for `config`, a config.json or a folder that holds one.
@@ -47,7 +42,7 @@ def synth(
     Parameters
     ----------
     dtype
-        Of every tensor; by default the config's own, else bfloat16.
+        Of every tensor that the family's table gives none; by default the config's own, else bfloat16.
 
     Raises
     ------
@@ -60,14 +55,9 @@ def synth(
     path = given / "config.json" if given.is_dir() else given
     raw = read_object(LocalStore(path), path.name)
     chosen = family or family_of(raw, str(path))
-    name = castable(dtype or raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
-    model = from_huggingface(raw, chosen, str(path))
-    dialect = DIALECTS.get("huggingface")
-    spelling = specs_of(dialect, chosen)[0]
-    rows = expand(chosen, model, dialect, spelling, Layout(), None)
-    wanted = [Wanted(0, 0, 0, (0,), 0, i.name, name, rows.classes[i.row].whole.shape) for i in rows.instances]
+    name = castable(dtype) if dtype else dtype_of_config(raw, str(path)) or "bfloat16"
     made = {**raw, ("dtype" if "dtype" in raw else "torch_dtype"): name}
-    target = Target(Layout(), dialect, spelling, "safetensors", model, chosen, name, None, max_shard_size, wanted, made, None, ())
+    files = list(lay_out(made, chosen, name, max_shard_size, None, str(path)))
     root = Path(out)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise TargetExistsError("the target holds something already", file=root, remedy="Name a new folder")
@@ -75,7 +65,7 @@ def synth(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write(target, partial, None if sparse else seed)
+        _write(files, partial, None if sparse else seed)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -85,22 +75,17 @@ def synth(
     return root
 
 
-def _write(target: Target, root: Path, seed: int | None) -> None:
-    filing = FORMATS.get("huggingface").file(target)
-    for number, unit in enumerate(filing.units):
-        laid = CONTAINERS.get("safetensors").lay_out(unit.path, unit.tensors, metadata=unit.metadata)
-        spans = [(at.offset, spec) for at, spec in zip(laid.places, unit.tensors, strict=True)]
-        _fill(root / unit.path, laid.files[0], spans, None if seed is None else seed + number)
-    for path, data in filing.files:
-        (root / path).write_bytes(data)
+def _write(files: list[PaperFile], root: Path, seed: int | None) -> None:
+    for number, paper in enumerate(files):
+        _fill(root / paper.file.path, paper, None if seed is None else seed + number)
 
 
-def _fill(path: Path, layout: FileLayout, spans: list[tuple[int, TensorSpec]], seed: int | None) -> None:
+def _fill(path: Path, paper: PaperFile, seed: int | None) -> None:
     with open(path, "xb", buffering=0) as file:
-        os.truncate(file.fileno(), layout.nbytes)
-        for offset, data in layout.static:
+        os.truncate(file.fileno(), paper.file.nbytes)
+        for offset, data in paper.file.static:
             os.pwrite(file.fileno(), data, offset)
-        for index, (offset, spec) in enumerate(spans if seed is not None else ()):
+        for index, (offset, spec) in enumerate(paper.tensors if seed is not None else ()):
             at = offset
             for block in _random(spec, (seed or 0, index)):
                 at += os.pwrite(file.fileno(), block, at)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint, PathLike, open
+from .checkpoint import Checkpoint, PathLike, no_values, open
 from .conversion import Conversion
 from .errors import CheckpointError
 from .planner.identity import FILE_NAME, read_identity
@@ -89,11 +89,15 @@ def verify(
     target = out if isinstance(out, Checkpoint) else open(out, family=family, config=own[0], vocab_size=own[1])
     count = sum(len(unit) for unit in target.source.units.values())
     identity = read_identity(target.source.store) or {}
+    if source is None and target.source.on_paper:
+        raise no_values(target.path)
     if source is None:
         read_names(target.source)
         found = _recorded(identity)
         return _bytes(target, found, count, workers, progress) if found else Verification("names", count, 0, (), (), ())
     origin = source if isinstance(source, Checkpoint) else open(source, family=family, config=config, vocab_size=vocab_size)
+    if on_paper := next((c for c in (target, origin) if c.source.on_paper), None):
+        raise no_values(on_paper.path)
     asked = target.source
     drop = _dropped(identity)
     request = Request(asked.format, asked.layout, dialect=asked.dialect.name, container=asked.container, spec=asked.spec, drop=drop)

@@ -23,7 +23,7 @@ __all__ = ["FAMILY_KEYS", "entries_of", "extended", "known_keys", "listed", "rea
 
 FAMILY_KEYS = {
     "name", "extends", "model_types", "architecture", "infer", "config", "tensor", "alias", "ignore", "keep_dtype",
-    "spellings", "row", "layer", "refuse", "base_prefix",
+    "spellings", "row", "layer", "refuse", "base_prefix", "carries",
 }  # fmt: skip
 _LARGEST = 1 << 20
 _MOST_DOTS = 250

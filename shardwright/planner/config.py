@@ -24,6 +24,7 @@ from .tables import FAMILIES, ConfigRule, Family
 
 __all__ = [
     "ModelConfig",
+    "carried_method",
     "family_of",
     "from_huggingface",
     "infer_family",
@@ -72,7 +73,7 @@ def family_of(raw: Mapping[str, Any], file: str = "config.json") -> Family:
     types = {name: family.name for family in FAMILIES for name in family.model_types}
     near = difflib.get_close_matches(kind, types, n=3, cutoff=0.4)
     hint = f"Nearest: {', '.join(near)}. " if near else ""
-    advice = "Name the family whose tensors these are with --family NAME, or bring a table with --family FILE.toml"
+    advice = "Name the family whose tensors these are with --family NAME, or bring a table with --family FILE.toml (docs/families.md)"
     raise UnknownFamilyError(f"no family has the model_type {short(kind)}", file=file, remedy=f"{hint}Known: {', '.join(types)}. {advice}")
 
 
@@ -93,37 +94,48 @@ def from_huggingface(raw: Mapping[str, Any], family: Family, file: str = "config
 
 
 def _field(rule: ConfigRule, raw: Mapping[str, Any], fields: Mapping[str, Any], file: str) -> Any:
-    found = {key: raw[key] for key in (rule.key, *rule.other_keys) if key is not None and raw.get(key) is not None}
+    keys = [key for key in (rule.key, *rule.other_keys) if key is not None]
+    found = {key: value for key in keys if (value := _at(raw, key)) is not None}
     if found:
         key, value = next(iter(found.items()))
         if other := next((k for k, v in found.items() if v != value), None):
             raise ConfigError(f"{key} and {other} disagree", file=file, expected=short(value), actual=short(found[other]))
         return value
-    if rule.null is not None and any(key in raw for key in (rule.key, *rule.other_keys)):
+    if rule.null is not None and any(key in raw for key in keys):
         return rule.null(fields)
     if rule.default is None:
         raise ConfigError(f"the config lacks {rule.key!r}", file=file, remedy="Complete it, or give another with --config")
     return rule.default(fields)
 
 
+def _at(raw: Mapping[str, Any], key: str) -> Any:
+    """The value under a key, dots leading into tables; None where there is none."""
+    head, _, rest = key.partition(".")
+    value = raw.get(head)
+    return value if not rest else _at(value, rest) if isinstance(value, Mapping) else None
+
+
 _COUNTS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "shared_expert_intermediate_size",
-    "n_shared_experts", "n_group", "topk_group", "sliding_window_pattern", "num_kv_heads", "word_embed_proj_dim",
-    "num_ln_in_parallel_attn",
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
+    "n_group", "topk_group", "sliding_window_pattern", "num_kv_heads", "word_embed_proj_dim",
+    "num_ln_in_parallel_attn", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_layer_freq",
 )  # fmt: skip
 _SWITCHES = (
     "tie_word_embeddings", "qkv_bias", "attention_out_bias", "mlp_bias", "qk_norm", "norm_topk_prob", "shared_expert_gate",
     "gated_mlp", "parallel_residual", "new_decoder_architecture", "multi_query", "alibi", "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx", "do_layer_norm_before", "remove_final_layer_norm", "norm_affine",
-    "apply_residual_connection_post_layernorm",
+    "apply_residual_connection_post_layernorm", "rope_interleave",
 )  # fmt: skip
 _NUMBERS = (
     "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "query_pre_attn_scalar",
-    "router_aux_loss_coef", "routed_scaling_factor",
+    "router_aux_loss_coef", "routed_scaling_factor", "swiglu_limit", "swiglu_alpha",
 )  # fmt: skip
 _NAMES = ("hidden_act", "activation", "normalization", "position_embedding_type", "scoring_func", "topk_method")
-_WHOLE = {"first_k_dense_replace": "layers", "num_nextn_predict_layers": "layers", "position_offset": "rows"}
+_WHOLE = {
+    "first_k_dense_replace": "layers", "num_nextn_predict_layers": "layers", "position_offset": "rows", "n_shared_experts": "experts",
+    "shared_expert_intermediate_size": "rows",
+}  # fmt: skip
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 _LARGEST_COUNT = 1 << 32
 """Extents are products of at most a few of these; layers are listed, so there may be fewer of them, as of experts."""
@@ -278,7 +290,7 @@ def to_huggingface(config: ModelConfig, family: Family, dtype: str, base: Mappin
         The source's own config.json, where it travelled along.
     """
     if base is not None and base.get("model_type") in family.model_types:
-        made = {k: v for k, v in base.items() if k != "quantization_config"}
+        made = {k: v for k, v in base.items() if k != "quantization_config" or carried_method(base, family)}
         key = "torch_dtype" if "torch_dtype" in made and "dtype" not in made else "dtype"
         if made.get(key) != dtype:
             made[key] = dtype
@@ -296,11 +308,28 @@ def to_huggingface(config: ModelConfig, family: Family, dtype: str, base: Mappin
                 expected=made[rule.key],
                 actual=value,
             )
+        elif "." in rule.key:
+            _put(made, rule.key, value)
         elif rule.key not in _ROPE:
             made[rule.key] = value
     if "rope_theta" in config.fields:
         made.update(_both_ropes(config))
     return {**made, "torch_dtype": dtype, "dtype": dtype}
+
+
+def _put(made: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value under a key with dots; None leaves no tables."""
+    head, _, rest = key.partition(".")
+    if not rest:
+        made[head] = value
+    elif value is not None:
+        _put(made.setdefault(head, {}), rest, value)
+
+
+def carried_method(raw: Mapping[str, Any] | None, family: Family) -> str | None:
+    """The config's quantisation method, if the family's table lists its tensors: they are carried as they are stored."""
+    method = _at(raw or {}, "quantization_config.quant_method")
+    return method if method in family.carries else None
 
 
 def _expect_fixed(rule: ConfigRule, value: Any, config: ModelConfig) -> None:

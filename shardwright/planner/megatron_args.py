@@ -10,22 +10,22 @@ args say no gate: Megatron refuses the tensors, and does not compute something e
 with the bias (``bias_gelu_fusion``) computes the tanh approximation (source: ``core_transformer_config_from_args``, Megatron-core
 ``fusions/fused_bias_gelu.py``).
 
-Experts: ``moe_layer_freq`` (1 and 0 per layer, or every n-th) says what a family's word ``moe`` says; softmax before the
-choice of experts (``moe_router_pre_softmax``) is Hugging Face's ``norm_topk_prob = false``, since choosing first and then
-taking the softmax of the chosen is the same as normalising afterwards. With sigmoid scores Megatron always normalises, and
-ranks groups of experts by the sum of their best ``topk // group_topk``, Hugging Face by that of their best two
-(source: Megatron-core ``transformer/moe/moe_utils.topk_routing_with_score_function``, ``group_limited_topk``).
+Experts, latent attention and GPT-OSS's parts have modules of their own (`megatron_experts`, `megatron_latent`, `megatron_sinks`).
 Boundary: dictionaries in, dictionaries out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedError, short
-from .config import ModelConfig, infer_family, is_number, layer_scope, misfit, valid
-from .tables import DIALECT_WORDS, FAMILIES, Family
+from .config import ModelConfig, infer_family, is_number, misfit, valid
+from .megatron_experts import experts_fields, experts_to_megatron
+from .megatron_flags import with_newer_names
+from .megatron_latent import latent_fields, latent_to_megatron
+from .megatron_sinks import sinks_fields, sinks_to_megatron
+from .tables import FAMILIES, Family
 
 __all__ = ["check_norms", "from_megatron", "to_megatron"]
 
@@ -53,8 +53,16 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
         )
     activation, warnings = _megatron_activation(config)
     rope, more = _megatron_rope(config) if built["position_embedding_type"] == "rope" else ({}, [])
-    warnings += more + [f"Megatron's args cannot express {text}" for name, text in _UNSAID.items() if config.fields.get(name)]
-    if (scalar := config.fields.get("query_pre_attn_scalar", config["head_dim"])) != config["head_dim"]:
+    special: dict[str, Any] = {}
+    if built["mla"]:
+        special, more = latent_to_megatron(config)
+    elif built["sinks"]:
+        special, told = sinks_to_megatron(config)
+        more = told or more
+    experts, unsaid = experts_to_megatron(config, family)
+    warnings += more + unsaid + [f"Megatron's args cannot express {text}" for name, text in _UNSAID.items() if config.fields.get(name)]
+    width = config["v_head_dim" if built["mla"] else "head_dim"]
+    if (scalar := config.fields.get("query_pre_attn_scalar", width)) != width:
         warnings.append(f"Megatron's args cannot express scores divided by the root of {scalar}; set softmax_scale when you launch")
     if config.fields.get("qk_norm_over_heads") and groups != heads:
         raise UnsupportedError(
@@ -69,7 +77,7 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
         "num_attention_heads": heads,
         "group_query_attention": groups != heads,
         "num_query_groups": groups,
-        "kv_channels": config["head_dim"],
+        "kv_channels": width,
         "vocab_size": config["vocab_size"],
         "max_position_embeddings": config["max_position_embeddings"] + config.fields.get("position_offset", 0),
         "seq_length": config["max_position_embeddings"],
@@ -86,7 +94,8 @@ def to_megatron(config: ModelConfig, family: Family) -> tuple[dict[str, Any], li
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
         "apply_layernorm_1p": config.fields.get("norm_zero_centered", False),
         **_megatron_window(config),
-        **_megatron_experts(config, family),
+        **experts,
+        **special,
     }
     return arguments, warnings
 
@@ -141,48 +150,6 @@ def _megatron_window(config: ModelConfig) -> dict[str, Any]:
     return found
 
 
-def _megatron_router(config: ModelConfig) -> dict[str, Any]:
-    """How experts are chosen."""
-    if config.fields.get("scoring_func", "softmax") == "softmax":
-        return {"moe_router_score_function": "softmax", "moe_router_pre_softmax": not config["norm_topk_prob"]}
-    chosen, groups, best = config["num_experts_per_tok"], config["n_group"], config["topk_group"]
-    if not config["norm_topk_prob"] and chosen > 1:
-        raise UnsupportedError("Megatron-core always normalises sigmoid scores", expected="norm_topk_prob true", actual=False)
-    if groups > 1 and chosen // best != 2:
-        raise UnsupportedError(
-            "Megatron-core ranks groups of experts by more or fewer than their best two",
-            expected=f"{2 * best} experts per token",
-            actual=chosen,
-        )
-    return {
-        "moe_router_score_function": config["scoring_func"],
-        "moe_router_pre_softmax": False,
-        "moe_router_dtype": "fp32",
-        "moe_router_enable_expert_bias": config["topk_method"] == "noaux_tc",
-        "moe_router_num_groups": groups if groups > 1 else None,
-        "moe_router_group_topk": best if groups > 1 else None,
-        "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
-    }
-
-
-def _megatron_experts(config: ModelConfig, family: Family) -> dict[str, Any]:
-    pattern = [int(bool(layer_scope(family, {**DIALECT_WORDS, **config.fields}, n)["moe"])) for n in range(config["num_hidden_layers"])]
-    if not config.fields.get("num_experts") or not any(pattern):
-        return {"num_experts": None}
-    shared = config.fields.get("shared_expert_intermediate_size", 0)
-    return {
-        "num_experts": config["num_experts"],
-        "moe_layer_freq": 1 if all(pattern) else pattern,
-        "moe_ffn_hidden_size": config["moe_intermediate_size"],
-        "moe_router_topk": config["num_experts_per_tok"],
-        **_megatron_router(config),
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": config["router_aux_loss_coef"],
-        "moe_shared_expert_intermediate_size": shared or None,
-        "moe_shared_expert_gate": bool(shared) and config["shared_expert_gate"],
-    }
-
-
 def _megatron_rope(config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
     rope: dict[str, Any] = {
         "rotary_base": config["rope_theta"],
@@ -218,6 +185,7 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
     UnsupportedError
         A model that is built otherwise than the family, or than any family here.
     """
+    arguments = with_newer_names(arguments)
 
     def need(name: str) -> Any:
         if arguments.get(name) is None:
@@ -236,7 +204,8 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
             remedy="Give --vocab-size N",
         )
     linear_bias = bool(arguments.get("add_bias_linear", True))
-    rope = need("position_embedding_type") == "rope"
+    sinks = arguments.get("softmax_type", "vanilla") == "learnable"
+    rope = need("position_embedding_type") == "rope" or sinks
     fields = {
         "hidden_size": need("hidden_size"),
         "intermediate_size": need("ffn_hidden_size"),
@@ -262,8 +231,12 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
         "mlp_bias": linear_bias,
         "qk_norm": bool(arguments.get("qk_layernorm")),
         "sliding_window": _window(arguments.get("window_size"), file),
+        "mla": False,
+        "sinks": False,
         **dict.fromkeys(_NEVER),
-        **_experts_from_megatron(arguments, need("num_layers"), file),
+        **experts_fields(arguments, need("num_layers"), file),
+        **(latent_fields(arguments, need) if arguments.get("multi_latent_attention") else {}),
+        **(sinks_fields(arguments, need, file) if sinks else {}),
     }
     valid({name: value for name, value in fields.items() if value or name not in _OPTIONAL}, file)
     usual = {name: value for name, (_, value) in _USUAL.items()}
@@ -359,6 +332,8 @@ _USUAL: Mapping[str, tuple[str, Any]] = {
     "topk_method": ("moe_router_enable_expert_bias", "greedy"),
     "n_group": ("moe_router_num_groups", 1),
     "routed_scaling_factor": ("moe_router_topk_scaling_factor", 1.0),
+    "mla": ("multi_latent_attention", False),
+    "sinks": ("softmax_type", False),
 }
 """What a family has that does not declare the field, with the argument that says it."""
 
@@ -381,55 +356,6 @@ def _declared(family: Family, fields: dict[str, Any], file: str) -> dict[str, An
         else:
             raise ConfigError(f"the args do not say {rule.name!r}", file=file, remedy="Give --config config.json")
     return found
-
-
-def _experts_from_megatron(arguments: Mapping[str, Any], layers: int, file: str) -> dict[str, Any]:
-    experts = arguments.get("num_experts")
-    if experts is None:
-        return {"num_experts": 0, "shared_expert_intermediate_size": 0, "shared_expert_gate": False, "dense_layers": False}
-    valid({"num_hidden_layers": layers}, file)
-    pattern = _pattern(arguments.get("moe_layer_freq", 1), layers, file)
-    shared = _given(arguments, "moe_shared_expert_intermediate_size", 0)
-    each = _given(arguments, "moe_ffn_hidden_size", arguments["ffn_hidden_size"])
-    valid({"moe_intermediate_size": each, **({"shared_expert_intermediate_size": shared} if shared != 0 else {})}, file)
-    dense = [layer for layer, moe in enumerate(pattern) if not moe]
-    return {
-        "num_experts": experts,
-        **({"first_k_dense_replace": len(dense)} if dense == list(range(len(dense))) else {}),
-        **({"n_shared_experts": shared // each} if shared % each == 0 and shared else {}),
-        "num_experts_per_tok": arguments.get("moe_router_topk", 2),
-        "moe_intermediate_size": each,
-        "norm_topk_prob": not arguments.get("moe_router_pre_softmax", False),
-        "scoring_func": arguments.get("moe_router_score_function", "softmax"),
-        "topk_method": "noaux_tc" if arguments.get("moe_router_enable_expert_bias") else "greedy",
-        "n_group": _given(arguments, "moe_router_num_groups", 1),
-        "topk_group": _given(arguments, "moe_router_group_topk", 1),
-        "routed_scaling_factor": _given(arguments, "moe_router_topk_scaling_factor", 1.0),
-        "num_nextn_predict_layers": _given(arguments, "mtp_num_layers", 0),
-        "router_aux_loss_coef": arguments.get("moe_aux_loss_coeff", 0.0),
-        "shared_expert_intermediate_size": shared,
-        "shared_expert_gate": bool(shared) and bool(arguments.get("moe_shared_expert_gate", False)),
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": dense,
-        "dense_layers": bool(dense),
-    }
-
-
-def _given(arguments: Mapping[str, Any], name: str, usual: Any) -> Any:
-    """An argument, or what Megatron takes for None."""
-    value = arguments.get(name)
-    return usual if value is None else value
-
-
-def _pattern(freq: Any, layers: int, file: str) -> Sequence[int]:
-    """1 for each layer with experts; a number n means every n-th layer, from the first."""
-    if isinstance(freq, int) and not isinstance(freq, bool) and freq > 0:
-        return [int(layer % freq == 0) for layer in range(layers)]
-    if isinstance(freq, list | tuple) and len(freq) == layers and all(n in (0, 1) for n in freq):
-        return freq
-    raise ConfigError(
-        "args.moe_layer_freq is no pattern of the layers", file=file, expected=f"a number, or {layers} of 0 and 1", actual=short(freq)
-    )
 
 
 def _quotient(size: Any, heads: Any, file: str) -> int:

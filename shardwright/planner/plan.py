@@ -27,6 +27,7 @@ from .tensor.dtypes import dtype
 from .tensor.pieces import Piece
 
 __all__ = [
+    "PAPER",
     "PLAN_FORMAT",
     "SEAL_DIGITS",
     "Bindings",
@@ -46,6 +47,8 @@ __all__ = [
 
 PLAN_FORMAT = 2
 """Number of the plan's own format; part of the plan hash."""
+PAPER = "config"
+"""The source format of a plan that was made from a config alone."""
 
 Ints = npt.NDArray[np.int64]
 Shape = tuple[int, ...]
@@ -362,6 +365,11 @@ class Plan:
     dropped: tuple[Dropped, ...] = ()
     warnings: tuple[str, ...] = ()
     copied_bytes: int = field(default=0)
+
+    @property
+    def on_paper(self) -> bool:
+        """Whether its source is a config alone, so that there is nothing to read."""
+        return bool(self.summary.get("source_format") == PAPER)
 
     def items(self, tile: int) -> Iterator[Item]:
         """The boxes of one tile, in the order they run."""

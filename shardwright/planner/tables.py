@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, TableError, UnknownFamilyError, UsageError, short
+from ._table_checks import check_family
 from ._toml import FAMILY_KEYS, entries_of, extended, known_keys, listed, read, table_of, text_of, texts_of
 from .expressions import Expression, parse
 from .layout import SPLITS
@@ -55,9 +56,9 @@ ALWAYS = parse("true")
 BASE_SPELLING = "base-model"
 _FIELD = re.compile(r"\{(\w+)\}")
 STACK = "stack_experts"
-DIALECT_WORDS: Mapping[str, Any] = {"moe": False, "gated_mlp": True, "num_experts": 0, "tie_word_embeddings": False}
+DIALECT_WORDS: Mapping[str, Any] = {"moe": False, "gated_mlp": True, "mla": False, "num_experts": 0, "tie_word_embeddings": False}
 """What a dialect may ask of every family, and the answer of a family that does not say."""
-_SCOPE = {"family", "layer", "tp", "pp", "vpp", "ep", "padded_vocab_size", "true", "false", "none"}
+_SCOPE = {"family", "layer", "tp", "pp", "vpp", "ep", "etp", "padded_vocab_size", "true", "false", "none"}
 _LONGEST_ARGUMENTS = 200
 _MOST_SPECS = 32
 _LARGEST_IN_PATTERN = 1 << 64
@@ -65,8 +66,8 @@ _LARGEST_IN_PATTERN = 1 << 64
 
 @dataclass(frozen=True, slots=True)
 class ConfigRule:
-    """One canonical field: the config.json key that holds it (and others that some versions write instead), what transformers
-    assumes without it, what null means where that is something else, or a fixed value."""
+    """One canonical field: the config.json key that holds it (and others that some versions write instead; dots lead into
+    tables), what transformers assumes without it, what an explicit null means where that is something else, or a fixed value."""
 
     name: str
     key: str | None
@@ -77,7 +78,8 @@ class ConfigRule:
 
 @dataclass(frozen=True, slots=True)
 class HubTensor:
-    """A tensor of the model: canonical name, shape, condition, split kind, stage, Hugging Face spelling."""
+    """A tensor of the model: canonical name, shape, condition, split kind, stage, Hugging Face spelling; its dtype where that is
+    not the model's."""
 
     name: str
     shape: tuple[Expression, ...]
@@ -85,6 +87,7 @@ class HubTensor:
     split: str
     stage: str
     stored: str
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,7 @@ class Ignore:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a dialect cannot hold a family, or those of its models for which `when` holds."""
+    """Why a dialect cannot hold a family, or those of its models and layouts for which `when` holds."""
 
     reason: str
     when: Expression
@@ -141,9 +144,11 @@ class Family:
     layer_words
         Words whose value depends on ``layer``; ``moe`` says whether it has experts.
     refuse
-        Dialect name → why it cannot hold this family, or which of its models.
+        Dialect name → why it cannot hold this family, or which of its models in which layouts.
     base_prefix
         What files of the spelling `BASE_SPELLING` lack at the beginning of every name; empty where there is no such spelling.
+    carries
+        Quantisation methods whose tensors the table lists: they go from file to file as they are stored.
     """
 
     name: str
@@ -161,6 +166,7 @@ class Family:
     layer_words: tuple[tuple[str, Expression], ...]
     refuse: Mapping[str, tuple[Refusal, ...]]
     base_prefix: str = ""
+    carries: tuple[str, ...] = ()
 
     def stored_name(self, tensor: HubTensor, spelling: str) -> str:
         """What the family's files call a hub tensor that no row of that spelling holds."""
@@ -203,6 +209,7 @@ class Dialect:
 FAMILIES: Registry[Family] = Registry("family", UnknownFamilyError)
 DIALECTS: Registry[Dialect] = Registry("dialect", UsageError)
 
+_DTYPES = ("float32", "uint8")
 _DIALECT_KEYS = {"name", "numbering", "kv_heads", "pad_vocab", "specs", "rows", "row", "ignore"}
 
 
@@ -259,13 +266,18 @@ def _family(table: dict[str, Any], origin: str) -> Family:
     fields |= {name for name, _ in words}
     _fields_known([(t.name, e) for t in tensors for e in (*t.shape, t.when)] + [(a.name, a.when) for a in aliases], fields, origin)
     refuse = {name: _refusals(found, f"{origin} [refuse] {name}") for name, found in table_of(table, "refuse", origin).items()}
-    _fields_known([(f"[refuse] {name}", r.when) for name, found in refuse.items() for r in found], fields, origin)
+    _fields_known(
+        [(f"[refuse] {name}", r.when) for name, found in refuse.items() for r in found],
+        fields - {"layer"} - {name for name, _ in words} | _SCOPE - {"layer"} | set(DIALECT_WORDS),
+        origin,
+    )
     _fields_known([(f"[[row]] {i + 1}", row.when) for i, row in enumerate(rows)], fields | _SCOPE | set(DIALECT_WORDS), origin)
     ignore = _ignores(table, origin)
     if unknown := {name for i in ignore for name in _FIELD.findall(i.pattern)} - {rule.name for rule in rules}:
         raise TableError("a pattern counts on a field that is not in [config]", file=f"{origin} [[ignore]]", actual=short(min(unknown)))
     if any("{expert}" in t.name for t in tensors) and "num_experts" not in fields:
         raise TableError("tensors of experts need the config field num_experts", file=origin)
+    check_family(table, rules, tensors, rows, _SCOPE, DIALECTS.names(), origin)
     return Family(
         name,
         origin,
@@ -282,6 +294,7 @@ def _family(table: dict[str, Any], origin: str) -> Family:
         words,
         refuse,
         prefix,
+        tuple(texts_of(table, "carries", origin)),
     )
 
 
@@ -324,7 +337,7 @@ def _fields_known(expressions: Sequence[tuple[str, Expression]], fields: set[str
 
 
 def _hub_tensor(entry: dict[str, Any], where: str) -> HubTensor:
-    known_keys(entry, {"name", "shape", "when", "split", "stage", "huggingface"}, where, "a tensor")
+    known_keys(entry, {"name", "shape", "when", "split", "stage", "huggingface", "dtype"}, where, "a tensor")
     name = text_of(entry, "name", where, "a tensor")
     if not isinstance(entry.get("shape"), list):
         raise TableError("a tensor needs a shape: a list of expressions", file=where, actual=short(entry.get("shape")))
@@ -336,6 +349,7 @@ def _hub_tensor(entry: dict[str, Any], where: str) -> HubTensor:
         _choice(entry.get("split", "none"), SPLITS, where, "split"),
         _stage(stage, [name, stored], "{expert}" in name, where),
         stored,
+        _choice(entry["dtype"], _DTYPES, where, "dtype") if "dtype" in entry else None,
     )
 
 

@@ -62,12 +62,39 @@ def prepare() -> None:
     torch.cuda.current_device = lambda: "cpu"  # Megatron passes it as device=
     torch.Tensor.cuda = lambda self, *_args, **_kwargs: self
     torch.nn.Module.cuda = lambda self, *_args, **_kwargs: self
+    from megatron.core.fusions import fused_softmax
     from megatron.core.models import gpt  # noqa: F401 - here and not in each forked rank
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.moe import moe_utils
 
     moe_utils.te_general_gemm = None  # named only where Transformer Engine is installed, but always looked at
     random.CudaRNGStatesTracker.fork = lambda _self, _name=None: contextlib.nullcontext()
+    fused_softmax.get_sliding_window_causal_mask = _sliding_window_mask  # its own one lies on a GPU
+    _let_latent_attention_run(multi_latent_attention, DotProductAttention)
+
+
+def _sliding_window_mask(queries: int, keys: int, window: tuple[int, int]) -> torch.Tensor:
+    """True where a query must not look: ``window`` says how many keys before it and after it are seen."""
+    ones = torch.ones(queries, keys, dtype=torch.bool)
+    before, after = keys - queries - window[0], keys - queries + window[1]
+    return ~(torch.triu(ones, before) & torch.tril(ones, after))
+
+
+def _let_latent_attention_run(module: Any, kernel: Any) -> None:
+    """Latent attention is written for Transformer Engine: its classes are compared with, and its kernel is told the sizes of
+    keys and values, which the kernel without it takes from ``kv_channels``."""
+    for name in ("TELinear", "TEColumnParallelLinear"):
+        if not isinstance(getattr(module, name, None), type):
+            setattr(module, name, type(name, (), {}))
+    plain = kernel.__init__
+
+    def init(self: Any, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **options: Any) -> None:
+        plain(self, *args, **options)
+        _demand(v_channels in (None, self.hidden_size_per_attention_head), f"kv_channels is not {v_channels}")
+
+    kernel.__init__ = init
 
 
 def rank_file(folder: Path, tp: int, pp: int, *, pp_size: int, ep: int = 0, ep_size: int = 1) -> Path:
@@ -152,7 +179,9 @@ def build(args: Namespace, first: bool, last: bool, vp_stage: int | None, launch
     if config.num_moe_experts:
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=args.normalization, vp_stage=vp_stage)
     else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=args.qk_layernorm, normalization=args.normalization, multi_latent_attention=config.multi_latent_attention
+        )
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -192,9 +221,13 @@ def _norm_over_heads(attention: torch.nn.Module) -> None:
 
 def _activation(args: Namespace, launch: tuple[str, ...]) -> dict[str, Any]:
     """The MLP's kind, as ``core_transformer_config_from_args`` chooses it: what is fused with the bias is GELU's tanh form."""
+    from megatron.core.fusions.fused_bias_geglu import quick_gelu
+
     tanh = functools.partial(torch.nn.functional.gelu, approximate="tanh")
     if args.swiglu:
         return {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
+    if getattr(args, "quick_geglu", False):
+        return {"gated_linear_unit": True, "activation_func": quick_gelu}
     if args.squared_relu:
         return {"gated_linear_unit": False, "activation_func": lambda x: torch.relu(x) ** 2}  # Megatron compiles its own for half a minute
     if "gelu_tanh" in launch:
@@ -209,9 +242,10 @@ def _transformer_config(args: Namespace, launch: tuple[str, ...]) -> Any:
 
     Norms whose weight is stored less 1 (``apply_layernorm_1p``) need a GPU: `_load` adds the 1.
     """
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    return TransformerConfig(
+    latent = getattr(args, "multi_latent_attention", False)
+    made = (MLATransformerConfig if latent else TransformerConfig)(
         **{name: getattr(args, name) for name in _SAME_NAME},
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
         layernorm_epsilon=args.norm_epsilon,
@@ -233,7 +267,13 @@ def _transformer_config(args: Namespace, launch: tuple[str, ...]) -> Any:
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         **(_experts(args) if getattr(args, "num_experts", None) else {}),
+        **{name: getattr(args, name) for name in (_SAME_NAME_LATENT if latent else ())},
+        **{name: getattr(args, name) for name in _SAME_NAME_SINKS if hasattr(args, name) and hasattr(args, "softmax_type")},
     )
+    for name, value in vars(args).items():
+        if name.startswith("yarn_"):  # read by the model, not declared by the config
+            setattr(made, name, value)
+    return made
 
 
 def _experts(args: Namespace) -> dict[str, Any]:
@@ -241,7 +281,7 @@ def _experts(args: Namespace) -> dict[str, Any]:
     return {
         "num_moe_experts": args.num_experts,
         **{name: getattr(args, name) for name in _SAME_NAME_EXPERTS},
-        **{name: getattr(args, name) for name in _SIGMOID_ROUTER if hasattr(args, name)},
+        **{name: getattr(args, name) for name in _SAME_NAME_ROUTING if hasattr(args, name)},
         "moe_token_dispatcher_type": "allgather",
         "moe_router_load_balancing_type": "none",
     }
@@ -258,13 +298,35 @@ _SAME_NAME_EXPERTS = (
     "moe_shared_expert_intermediate_size",
     "moe_shared_expert_gate",
 )
-_SIGMOID_ROUTER = (
-    "moe_router_dtype",
+
+
+_SAME_NAME_ROUTING = (
+    "moe_router_topk_scaling_factor",
     "moe_router_enable_expert_bias",
     "moe_router_num_groups",
     "moe_router_group_topk",
-    "moe_router_topk_scaling_factor",
+    "moe_router_dtype",
 )
+
+
+_SAME_NAME_LATENT = (
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "rope_type",
+    "rotary_base",
+    "rotary_scaling_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
+
+
+_SAME_NAME_SINKS = ("softmax_type", "window_size", "window_attn_skip_freq", "glu_linear_offset", "activation_func_clamp_value")
 
 
 _SAME_NAME = (
@@ -307,7 +369,8 @@ def _local_name(name: str) -> str:
     """Transformer Engine's names, for norms fused into the next linear and experts in a grouped GEMM, as the local spec's."""
     name = re.sub(r"self_attention\.linear_qkv\.layer_norm_(weight|bias)$", r"input_layernorm.\1", name)
     name = re.sub(r"mlp\.linear_fc1\.layer_norm_(weight|bias)$", r"pre_mlp_layernorm.\1", name)
-    return re.sub(r"mlp\.experts\.linear_fc([12])\.weight(\d+)$", r"mlp.experts.local_experts.\2.linear_fc\1.weight", name)
+    name = re.sub(r"self_attention\.linear_(q|kv)_up_proj\.layer_norm_weight$", r"self_attention.\1_layernorm.weight", name)
+    return re.sub(r"mlp\.experts\.linear_fc([12])\.(weight|bias)(\d+)$", r"mlp.experts.local_experts.\3.linear_fc\1.\2", name)
 
 
 def _forward(chunks: list[torch.nn.Module], request: Request, rank: int) -> torch.Tensor | None:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import shardwright as sw
 from benchmarks import conversions, planning
 from benchmarks.measure import measure
-from benchmarks.model import MANY_TENSORS, make, shape_of
+from benchmarks.model import DEEPSEEK_V3, MANY_TENSORS, make, shape_of
 from benchmarks.report import conversions_json, machine, show_conversions, show_planning
 from shardwright.planner.layout import Layout
 
@@ -73,3 +74,25 @@ def test_planning_runs(tmp_path: Path) -> None:
     shown = io.StringIO()
     show_planning(Console(file=shown, width=250), {"planning": [found], "start_up": {"nothing": 0.0}})
     assert "few tensors" in shown.getvalue()
+
+
+def test_deepseek_v3_has_its_size_to_the_byte(tmp_path: Path) -> None:
+    """671 billion parameters: counted here from the released model's shapes, and by the plan, which lists every byte."""
+    hidden, heads = 7168, 128
+    attention = 1536 * hidden + 1536 + heads * 192 * 1536 + (512 + 64) * hidden + 512 + heads * 256 * 512 + hidden * heads * 128
+    dense, sparse_ = 3 * 18432 * hidden, (256 + 1) * 3 * 2048 * hidden + 256 * hidden
+    count = 2 * 129280 * hidden + hidden + 61 * (attention + 2 * hidden) + 3 * dense + 58 * sparse_
+    assert count + 58 * 256 == 671_026_419_200
+    case = planning.CASES[-1]
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(DEEPSEEK_V3))
+    plan = sw.plan(config, to=case.to, layout=case.layout).plan
+    assert sum(t.nbytes for t in plan.source_tensors) == 2 * count + 4 * 58 * 256
+    ranks = {}
+    for tensor in plan.target_tensors:
+        ranks[tensor.rank] = ranks.get(tensor.rank, 0) + tensor.nbytes
+    # A rank of the second stage: 15 layers, 8 experts of each, a share of an eighth of all but norms, routers, down projections.
+    copied = (1536 + 512 + 64) * hidden + 1536 + 512 + 2 * hidden + 256 * hidden
+    shared = (heads * 192 * 1536 + heads * 256 * 512 + hidden * heads * 128) // 8 + (8 + 1) * 3 * 2048 * hidden // 8
+    assert len(ranks) == 1024 and ranks[8 * 32] == 15 * (2 * (copied + shared) + 4 * 256)
+    assert len(plan.programs) < 50

@@ -208,7 +208,7 @@ def test_interleaved_and_transposed_stacks(tmp_path):
         ("refuse = 3\n", r"\[refuse\] must be a table"),
         ("[refuse]\nmegatron = 3\n", r'a refusal is "why", or .*\[refuse\] megatron; actual 3'),
         ("[refuse]\nmegatron = { when = 'qk_norm' }\n", r"a refusal needs 'reason': a string.*\[refuse\] megatron"),
-        ("[refuse]\nmegatron = { why = 'x' }\n", "a refusal has no entry 'why'"),
+        ("[refuse]\nmegatron = { why = 'x' }\n", "a refusal has no entry 'why'.*Known: reason, when"),
         ("[refuse]\nmegatron = { when = 'odd', reason = 'x' }\n", r"the field 'odd' is not in \[config\].*\[refuse\] megatron"),
         ("base_prefix = 3\n", "the family needs 'base_prefix': a string"),
         ("[config]\nhidden_size = { key = [] }\n", "a config field is"),

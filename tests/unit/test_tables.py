@@ -154,7 +154,7 @@ FAMILY_MISTAKES = [
     ),
     ('when = "layer % 2 == 0"', 'when = "layer %"', r"\[\[tensor\]\] 2 when", "not an expression.*actual 'layer %'"),
     ('when = "layer % 2 == 0"', 'when = "tp > 1"', "layers", "'tp' is not in .config"),
-    ('when = "layer % 2 == 0"', 'where = "x"', r"\[\[tensor\]\] 2", "a tensor has no entry 'where'.*Known: huggingface, name"),
+    ('when = "layer % 2 == 0"', 'where = "x"', r"\[\[tensor\]\] 2", "a tensor has no entry 'where'.*Known: dtype, huggingface, name"),
     ('split = "rows"', 'split = "row"', r"\[\[tensor\]\] 1", "unknown split: .*actual 'row'.*Known: none, rows"),
     ('split = "rows"', 'stage = "middle"', r"\[\[tensor\]\] 1", "unknown stage: .*actual 'middle'.*Known: first, last, layer"),
     (

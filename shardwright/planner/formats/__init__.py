@@ -28,7 +28,10 @@ def open_source(store: Store, hints: Hints) -> Source:
     """
     found = [format_ for format_ in FORMATS if format_.detect(store)]
     if not found:
-        raise CheckpointError("this is no checkpoint of a known format", file=store.root, remedy=f"Known: {', '.join(FORMATS.names())}")
+        advice = " To plan from the config alone, give the path of config.json" if store.exists("config.json") else ""
+        raise CheckpointError(
+            "this is no checkpoint of a known format", file=store.root, remedy=f"Known: {', '.join(FORMATS.names())}.{advice}"
+        )
     if len(found) > 1:
         raise CheckpointError(
             "this could be several formats", file=store.root, actual=[f.name for f in found], remedy="Give the folder of one of them"

@@ -63,6 +63,8 @@ class Source:
         (path in the store, plain name) of small files that travel along.
     config_path
         Where the model's own config.json lies, if it does.
+    on_paper
+        Whether there is nothing but a config: shapes, and no values.
     """
 
     store: Store
@@ -83,6 +85,7 @@ class Source:
     scheme: Scheme | None = None
     identity: Mapping[str, Any] | None = None
     config_path: str = "hf/config.json"
+    on_paper: bool = False
 
     @cached_property
     def hub(self) -> Mapping[str, tuple[int, ...]]:

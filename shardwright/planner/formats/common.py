@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ...errors import CheckpointError, ConfigError, UnsupportedError, short
-from ..config import ModelConfig, family_of, from_huggingface, valid
+from ..config import ModelConfig, carried_method, family_of, from_huggingface, valid
 from ..containers import CONTAINERS
 from ..containers.base import ContainerIndex
 from ..identity import FILE_NAME, named_in, read_object
 from ..schemes import SCHEMES, Scheme
 from ..store import Store
-from ..tables import FAMILIES, Dialect, Family, specs_of
+from ..tables import DIALECT_WORDS, FAMILIES, Dialect, Family, specs_of
 from .base import Hints, Target
 
 __all__ = ["carried", "config_bytes", "missing_config", "read_unit", "scheme_of", "settle", "stages", "told_spec"]
@@ -68,8 +68,8 @@ def _identity_fields(identity: Mapping[str, Any], family: Family) -> dict[str, A
     return fields
 
 
-def scheme_of(raw: Mapping[str, Any] | None, file: str) -> Scheme | None:
-    """The scheme of a config's ``quantization_config``, or None for plain weights.
+def scheme_of(raw: Mapping[str, Any] | None, family: Family, file: str) -> Scheme | None:
+    """The scheme of a config's ``quantization_config``, or None for plain weights and for what the family carries as it is.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def scheme_of(raw: Mapping[str, Any] | None, file: str) -> Scheme | None:
         No scheme here reads it.
     """
     config = (raw or {}).get("quantization_config")
-    if not config:
+    if not config or carried_method(raw, family):
         return None
     if not isinstance(config, dict):
         raise ConfigError("quantization_config must be an object", file=file, actual=short(config))
@@ -85,7 +85,10 @@ def scheme_of(raw: Mapping[str, Any] | None, file: str) -> Scheme | None:
         if scheme.recognises(config):
             return scheme
     raise UnsupportedError(
-        "the checkpoint is quantised in a way that no scheme here reads", file=file, actual=short(config.get("quant_method"))
+        "the checkpoint is quantised in a way that no scheme here reads",
+        file=file,
+        actual=short(config.get("quant_method")),
+        remedy="Convert a checkpoint with plain weights",
     )
 
 
@@ -93,18 +96,20 @@ _CHUNK = re.compile(r"model\d+\.")
 _NUMBER = re.compile(r"\d+")
 
 
-def told_spec(dialect: Dialect, family: Family, names: Iterable[str]) -> str:
+def told_spec(dialect: Dialect, family: Family, config: ModelConfig, names: Iterable[str]) -> str:
     """The variant of the dialect's names that explains most of these; the default among equals."""
     specs = specs_of(dialect, family)
     if len(specs) == 1:
         return specs[0]
     counted = {_NUMBER.sub("#", _CHUNK.sub("", name, count=1) if name.startswith("model") else name) for name in names}
-    return max(specs, key=lambda spec: len(counted & {_NUMBER.sub("#", name) for name in _open_names(dialect, family, spec)}))
+    return max(specs, key=lambda spec: len(counted & {_NUMBER.sub("#", name) for name in _open_names(dialect, family, config, spec)}))
 
 
-def _open_names(dialect: Dialect, family: Family, spec: str) -> Iterator[str]:
-    """Stored names of a variant, ``#`` for each counter."""
-    rows = family.rows if dialect.rows is None else dialect.rows
+def _open_names(dialect: Dialect, family: Family, config: ModelConfig, spec: str) -> Iterator[str]:
+    """Stored names of a variant, ``#`` for each counter, but for rows that this model has in no layer and no layout."""
+    words = {**DIALECT_WORDS, **config.fields, "family": family.name, "true": True, "false": False, "none": None}
+    fixed = words.keys() - {name for name, _ in family.layer_words}
+    rows = [row for row in (family.rows if dialect.rows is None else dialect.rows) if not row.when.names <= fixed or row.when(words)]
     fused = {name for row in rows if spec in row.names for name in row.hub}
     own = [family.stored_name(t, spec) for t in family.tensors if t.name not in fused] if dialect.rows is None else []
     for name in (*(row.names[spec] for row in rows if spec in row.names), *own):

@@ -63,7 +63,7 @@ class HuggingFace:
             store,
             self.name,
             DIALECTS.get("huggingface"),
-            told_spec(DIALECTS.get("huggingface"), family, tensors),
+            told_spec(DIALECTS.get("huggingface"), family, config, tensors),
             container,
             Layout(),
             family,
@@ -75,7 +75,7 @@ class HuggingFace:
             companions(store),
             tuple(dropped) + _strays(store, files),
             (),
-            scheme_of(raw, "config.json"),
+            scheme_of(raw, family, "config.json"),
             identity,
             "config.json",
         )

@@ -3,7 +3,8 @@
 ``latest_checkpointed_iteration.txt`` names ``release`` or an iteration; in that folder lies one
 ``mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`` per rank, a torch zip of ``args``, ``checkpoint_version``, ``iteration`` and
 ``model`` (``model0 … modelN`` with a virtual pipeline). ``_PPP`` is there only when pp > 1, ``_EEE`` only when ep > 1, so
-``mp_rank_00_001`` is read by the sizes in ``args``, never by its name alone.
+``mp_rank_00_001`` is read by the sizes in ``args``, never by its name alone. A target's root also has the args as a list for
+a launch script (`megatron_flags`).
 Source: Megatron-LM ``training/checkpointing.py`` (``get_checkpoint_name``, ``generate_state_dict``).
 
 Opening keeps the weights; optimizer, schedulers and random states are listed as dropped. Before Megatron-core, ``model``
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...errors import CheckpointError, ConfigError, UnsupportedError, short
+from .. import megatron_flags
 from ..config import ModelConfig
 from ..containers.base import StoredTensor, TensorSpec
 from ..containers.torch_zip import Namespace, TensorRef, TorchDtype
@@ -61,7 +63,7 @@ class MegatronLegacy:
         dialect = _dialect(names, first.objects, next(iter(paths.values())))
         check_units(units, layout, dialect, self.name)
         family, config, raw, warnings = _config(store, hints, identity, fields, next(iter(paths.values())))
-        spec = told_spec(dialect, family, names)
+        spec = told_spec(dialect, family, config, names)
         padded = _padded(units, dialect, spec, layout)
         return Source(
             store,
@@ -89,7 +91,8 @@ class MegatronLegacy:
         for ranks, positions in stages(target).items():
             units += self._units(target, ranks, tuple(positions), arguments, units[-1] if units else None)
         files, copies = carried(target, "hf/")
-        return Filing(tuple(units), ((TRACKER, b"release"), *files), copies, tuple(warnings))
+        listed = (megatron_flags.FILE_NAME, megatron_flags.argument_list(arguments).encode())
+        return Filing(tuple(units), ((TRACKER, b"release"), listed, *files), copies, tuple(warnings))
 
     def _units(
         self, target: Target, ranks: tuple[int, ...], positions: tuple[int, ...], arguments: Mapping[str, Any], before: Unit | None
@@ -296,7 +299,8 @@ def _arguments(target: Target) -> tuple[dict[str, Any], list[str]]:
     """Everything that Megatron reads back from ``args``."""
     layout = target.layout
     model, warnings = to_megatron(target.config, target.family)
-    padded = target.padded_vocab or target.config["vocab_size"]
+    vocab, unit = target.config["vocab_size"], 128 * layout.tp
+    padded = target.padded_vocab or vocab
     if padded % layout.tp:
         raise ConfigError("the padded vocabulary does not divide by tp", expected=f"a multiple of {layout.tp}", actual=padded)
     if layout.etp not in (None, layout.tp):
@@ -306,7 +310,7 @@ def _arguments(target: Target) -> tuple[dict[str, Any], list[str]]:
     arguments = {
         **model,
         "padded_vocab_size": padded,
-        "make_vocab_size_divisible_by": 128 if padded % (128 * layout.tp) == 0 else padded // layout.tp,
+        "make_vocab_size_divisible_by": 128 if -(-vocab // unit) * unit == padded else padded // layout.tp,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
@@ -326,7 +330,7 @@ def _arguments(target: Target) -> tuple[dict[str, Any], list[str]]:
         "consumed_valid_samples": 0,
         "iteration": 0,
     }
-    return arguments, warnings
+    return megatron_flags.with_newer_names(arguments), [*warnings, *megatron_flags.unsaid(arguments)]
 
 
 def _stage_arguments(target: Target) -> dict[str, Any]:

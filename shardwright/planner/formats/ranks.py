@@ -67,7 +67,7 @@ class Ranks:
         dialect = named_in(identity, "dialect", DIALECTS) if identity else _dialect(by_rank)
         units = _units(by_rank, layout, dialect)
         check_units(units, layout, dialect, self.name)
-        spec = told_spec(dialect, family, {name for unit in by_rank.values() for name in unit})
+        spec = told_spec(dialect, family, config, {name for unit in by_rank.values() for name in unit})
         if identity:
             files[FILE_NAME] = hashlib.sha256(store.read(FILE_NAME)).hexdigest()
         return Source(
@@ -84,7 +84,7 @@ class Ranks:
             units,
             files,
             companions(store, "hf/"),
-            scheme=scheme_of(raw, "hf/config.json"),
+            scheme=scheme_of(raw, family, "hf/config.json"),
             identity=identity,
         )
 

@@ -24,7 +24,7 @@ from ..containers import CONTAINERS
 from ..containers.base import Container, UnitLayout
 from ..formats import FORMATS
 from ..formats.base import Filing, Source, Target, Unit
-from ..plan import Dropped, Plan, SourceFile, TargetFile, TensorEntry
+from ..plan import PAPER, Dropped, Plan, SourceFile, TargetFile, TensorEntry
 from ..request import Request
 from ..tables import Ignore
 from ..tensor.dtypes import dtype as dtype_of
@@ -234,7 +234,7 @@ def _read_or_skipped(sources: tuple[TensorEntry, ...], lowered: Lowered) -> tupl
 
 def _summary(source: Source, request: Request) -> dict[str, Any]:
     return {
-        "source_format": source.format,
+        "source_format": PAPER if source.on_paper else source.format,
         "source_layout": source.layout.to_json(),
         "family": source.family.name,
         "target_format": request.to,

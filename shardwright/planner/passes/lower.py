@@ -88,10 +88,12 @@ class _Lowering:
     def __init__(self, source: SourceSide, target: TargetSide, trust_replicas: bool) -> None:
         self.source, self.target, self.trust = source, target, trust_replicas
         self.drafts: dict[object, _Draft] = {}
+        self.plain: dict[tuple[int, int, int, int], _Draft] = {}
         self.uses: dict[str, tuple[Use, ...]] = {}
         for number, row in target.instances:
             for slot, name in enumerate(target.bounds[number].hub[row]):
-                self.uses[name] = (*self.uses.get(name, ()), (number, row, slot))
+                before = self.uses.get(name)
+                self.uses[name] = ((number, row, slot),) if before is None else (*before, (number, row, slot))
         self.joins_target = [_joins(b) for b in target.bounds]
         self.joins_source = [_joins(b) for b in source.bounds]
 
@@ -127,11 +129,21 @@ class _Lowering:
         number, row, slot = self.source.holders[name]
         aliases = () if self.trust else self.source.aliases.get(name, ())
         uses = self.uses[name]
+        if len(uses) == 1 and not aliases:  # nearly always: one lookup by four numbers
+            ((bound, target_row, member),) = uses
+            known = self.plain.get((number, slot, bound, member))
+            if known is not None:
+                known.names.append(name)
+                known.source_rows.append(row)
+                known.target_rows.append(target_row)
+                return
         key = ("hub", number, slot, tuple([a for a, _ in aliases]) if aliases else (), tuple([(b, s) for b, _, s in uses]))
         draft = self.drafts.get(key)
         if draft is None:
             draft = self.drafts[key] = self._hub_draft(number, slot, [a for a, _ in aliases], [(b, s) for b, _, s in uses])
             draft.sources, draft.targets = (number, *(a for a, _ in aliases)), tuple([b for b, _, _ in uses])
+            if len(uses) == 1 and not aliases:
+                self.plain[number, slot, uses[0][0], uses[0][2]] = draft
         draft.names.append(name)
         draft.source_rows.append(row)
         draft.source_rows += [r for _, r in aliases] if aliases else ()

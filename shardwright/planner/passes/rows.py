@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple
 
-from ...errors import CheckpointError, ConfigError, LayoutError, TableError, UnsupportedError, short
+from ...errors import CheckpointError, ConfigError, LayoutError, Refusal, TableError, UnsupportedError, UsageError, short
 from ..config import ModelConfig, layer_scope
 from ..expressions import Expression, parse
 from ..layout import SPLITS, Layout, Place, Split
@@ -97,7 +98,7 @@ class Expansion:
 def scope(config: ModelConfig, layout: Layout, padded_vocab: int | None) -> dict[str, Any]:
     """What expressions and operations may see: config fields, parallel sizes, the padded vocabulary, the family's name."""
     vocab = padded_vocab if padded_vocab is not None else config.fields.get("vocab_size")
-    sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "ep": layout.ep}
+    sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "ep": layout.ep, "etp": layout.expert_tp}
     return {**DIALECT_WORDS, **config.fields, "family": config.family, **sizes, "padded_vocab_size": vocab}
 
 
@@ -206,10 +207,10 @@ def expand(
     UnsupportedError
         The dialect has no row for a hub tensor of the family, or the family's table refuses it.
     """
-    for refusal in family.refuse.get(dialect.name, ()):
-        if refusal.when(config.fields):
-            what = f"family {family.name!r}" if refusal.when == ALWAYS else f"a model of family {family.name!r} where {refusal.when.text}"
-            raise UnsupportedError(f"dialect {dialect.name!r} cannot hold {what}: {refusal.reason}")
+    fields = scope(config, layout, padded_vocab)
+    if refusal := next((r for r in family.refuse.get(dialect.name, ()) if r.when(fields)), None):
+        what = f"family {family.name!r}" if refusal.when == ALWAYS else f"a model of family {family.name!r} where {refusal.when.text}"
+        raise UnsupportedError(f"dialect {dialect.name!r} cannot hold {what}: {refusal.reason}")
     experts = config.fields.get("num_experts", 0)
     if layout.ep > 1 and (not experts or experts % layout.ep):
         raise LayoutError(
@@ -258,6 +259,7 @@ class _Expander:
         reading: bool,
     ) -> None:
         self.family, self.dialect, self.spec, self.layout, self.reading = family, dialect, spec, layout, reading
+        self.origin = family.origin if dialect.rows is None else dialect.origin
         self.fields = scope(config, layout, padded_vocab)
         self.hub = hub
         self.experts: int = self.fields["num_experts"]
@@ -357,7 +359,7 @@ class _Expander:
                     expected=[_numbered(name, layer) for name in row.hub],
                 )
             if alias is None and (twice := next((name for name in row.hub if name in held), None)):
-                raise TableError("two rows hold the same hub tensor", file=self.dialect.origin, tensor=_numbered(twice, layer))
+                raise TableError("two rows hold the same hub tensor", file=self.origin, tensor=_numbered(twice, layer))
             held.update(row.hub if alias is None else ())
             hub = row.hub if alias is None else (alias,)
             cls = self._class(index, row, hub, tuple([self.hub[alias] if alias else shapes[name] for name in hub]), alias is not None)
@@ -417,13 +419,31 @@ class _Expander:
                 count = self.experts // self.layout.ep
                 hub = tuple([name.replace("{expert}", str(e)) for e in range(count) for name in hub])
                 shapes = shapes * count
-            whole = build([leaf(slot, shape) for slot, shape in enumerate(shapes)])
-            split = SPLITS[row.split](whole.shape[stacked:], tp, self.fields, self.dialect.kv_heads)
+            with self._explained(index, row, hub, shapes):
+                whole = build([leaf(slot, shape) for slot, shape in enumerate(shapes)])
+                split = SPLITS[row.split](whole.shape[stacked:], tp, self.fields, self.dialect.kv_heads)
             if stacked and split.axis is not None:
                 split = replace(split, axis=split.axis + 1)
             split = replace(split, cycles=self.layout.tp // tp if row.experts else self.layout.ep)
             self.classes.append(RowClass(row.names[self.spec], hub, shapes, whole, split, tuple(apply_split(whole, split)), build, alias))
         return self.known[key]
+
+    @contextmanager
+    def _explained(self, index: int, row: Row, hub: Sequence[str], shapes: Sequence[Shape]) -> Iterator[None]:
+        """An operation or split that these tensors do not allow is the table's mistake: say where and what."""
+        try:
+            yield
+        except Refusal:  # the layout's or the config's mistake, explained already
+            raise
+        except (UsageError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+            entry = f"[[{'row' if index < self.fallback else 'tensor'}]] {row.names[self.spec]}"
+            raise TableError(
+                f"the layout or split does not fit these tensors ({error})",
+                file=f"{self.origin} {entry}",
+                tensor=hub[0],
+                expected=f"tensors for {' then '.join(name for name, _ in row.layout) or 'no operation'}, split {row.split!r}",
+                actual=[*shapes[:3], "…"] if len(shapes) > 3 else list(shapes),
+            ) from None
 
 
 def _numbered(name: str, layer: str) -> str:

@@ -12,7 +12,8 @@ Boundary: names, shapes and offsets; no file is opened here.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -150,16 +151,23 @@ def resolve(
     stages, several = _stages(layout, units), len(units) > 1
     places: list[list[StoredTensor]] = []
     classes, bounds, holders = expansion.classes, side.bounds, side.holders
+    shapes = [row.shards[0].shape for row in classes]
+    strides: tuple[Shape | None, ...]
     for index, name, hub, pp, ep, chunk in expansion.instances:
         row, stage = classes[index], stages[pp, ep, chunk]
-        stored = _look_up(name, row, stage, several)
-        if stored is None:
+        # One rank, as a Hugging Face checkpoint is: a lookup and a comparison, and `_look_up` only to say what is wrong.
+        lone = stage.units[0].get(name) if len(stage.units) == 1 else None
+        if lone is not None and lone.shape == shapes[index]:
+            stored, strides = [lone], (lone.strides,)
+        elif (looked := _look_up(name, row, stage, several, expansion)) is None:
             continue
-        key = (index, stored[0].dtype, tuple([s.strides for s in stored]))
+        else:
+            stored, strides = looked, tuple([s.strides for s in looked])
+        key = (index, stored[0].dtype, strides)
         number = seen.get(key, -1)
         if number < 0:
             number = seen[key] = len(bounds)
-            bounds.append(Bound(row, stored[0].dtype, key[2] if any(key[2]) else ()))
+            bounds.append(Bound(row, stored[0].dtype, strides if any(strides) else ()))
             places.append([])
         rows = bounds[number].hub
         if row.alias:
@@ -201,7 +209,7 @@ def _stages(layout: Layout, units: Units) -> dict[tuple[int, int | None, int], _
     return found
 
 
-def _look_up(name: str, row: RowClass, stage: _Stage, several: bool) -> list[StoredTensor] | None:
+def _look_up(name: str, row: RowClass, stage: _Stage, several: bool, expansion: Expansion) -> list[StoredTensor] | None:
     """The row's tensor on each rank that holds it, checked; None for an alias that no file holds."""
     shape = row.shards[0].shape  # equal on all ranks
     stored: list[StoredTensor] = []
@@ -210,14 +218,7 @@ def _look_up(name: str, row: RowClass, stage: _Stage, several: bool) -> list[Sto
         if found is None:
             if row.alias and not stored:
                 return None
-            raise MissingTensorError(
-                "a tensor that the config implies is missing",
-                tensor=name,
-                file=_file_of(unit),
-                expected=f"shape {shape}" + (f" on rank {rank}" if several else ""),
-                actual="not there",
-                remedy="Copy the checkpoint again, or give the config.json that belongs to it (--config)",
-            )
+            raise _missing(name, f"shape {shape}" + (f" on rank {rank}" if several else ""), unit, expansion)
         if found.shape != shape:
             raise ShapeMismatchError(
                 "a tensor's shape is not what the config implies" + (" for this layout" if several else ""), tensor=found.name,
@@ -232,10 +233,55 @@ def _look_up(name: str, row: RowClass, stage: _Stage, several: bool) -> list[Sto
     return stored
 
 
-def _file_of(unit: Mapping[str, StoredTensor]) -> str | None:
-    """The file of a unit, if it is one file."""
-    files = {tensor.file for tensor in unit.values()}
-    return files.pop() if len(files) == 1 else None
+_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)|(?<=\.weight)\d+$|(?<=\.bias)\d+$")
+"""The number of an expert in a stored name, in any dialect."""
+
+
+def _missing(name: str, wanted: str, unit: Mapping[str, StoredTensor], expansion: Expansion) -> MissingTensorError:
+    """The refusal of a unit without this tensor; where other experts have it, it says which."""
+    beside = unit.get(max(unit, key=lambda other: _alike(name, other), default=""))
+    file = beside.file if beside else None
+    if (number := _EXPERT.search(name)) is not None and (held := _experts(name, number, unit)):
+        counted = _experts(name, number, {i.name for i in expansion.instances})
+        return MissingTensorError(
+            "a layer's experts are not those that the config counts",
+            tensor=name,
+            file=file,
+            expected=f"experts {_ranges(counted)}",
+            actual=f"experts {_ranges(held)}",
+            remedy="Copy the checkpoint again, or give the config.json that belongs to it (--config)",
+        )
+    return MissingTensorError(
+        "a tensor that the config implies is missing",
+        tensor=name,
+        file=file,
+        expected=wanted,
+        actual="not there",
+        remedy="Copy the checkpoint again, or give the config.json that belongs to it (--config)",
+    )
+
+
+def _alike(one: str, other: str) -> int:
+    """How many letters two names begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _experts(name: str, number: re.Match[str], names: Iterable[str]) -> list[int]:
+    """The numbers that stand in the place of the expert's in `names` that are otherwise equal."""
+    head, tail = name[: number.start()], name[number.end() :]
+    middles = [n[len(head) : len(n) - len(tail)] for n in names if n.startswith(head) and n.endswith(tail)]
+    return sorted(int(text) for text in middles if text.isdecimal())
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0 … 3, 5``."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1] = [runs[-1][0], n]
+        else:
+            runs.append([n])
+    return ", ".join(" … ".join(map(str, run)) for run in runs)
 
 
 def _account(
@@ -256,11 +302,22 @@ def _account(
                 continue
             reason = next((entry.reason for entry in ignore if fnmatchcase(name, entry.pattern)), None)
             if reason is None:
-                near = difflib.get_close_matches(name, sorted({i.name for i in expansion.instances})[:20_000], n=1)
+                rules = {i.name for i in expansion.instances}
+                if (number := _EXPERT.search(name)) is not None and (counted := _experts(name, number, rules)):
+                    raise UnknownTensorError(
+                        "a tensor is of an expert that the config does not count",
+                        tensor=name,
+                        file=tensor.file,
+                        expected=f"experts {_ranges(counted)}",
+                        actual=f"experts {_ranges(_experts(name, number, unit))}",
+                        remedy="Give the config.json that belongs to the checkpoint (--config), or leave it out with --drop PATTERN",
+                    )
+                near = difflib.get_close_matches(name, sorted(rules)[:20_000], n=1)
                 raise UnknownTensorError(
                     f"no rule of dialect {dialect!r} names this tensor",
                     tensor=name,
                     file=tensor.file,
+                    expected="no tensor of that name",
                     actual=f"{tensor.dtype} {tensor.shape}",
                     remedy=(f"Nearest rule: {near[0]}. " if near else "")
                     + "Leave it out with --drop PATTERN, or bring a table with --family",
