@@ -204,7 +204,7 @@ class Split:
 
 def _extent(shape: tuple[int, ...], axis: int) -> int:
     if axis >= len(shape):
-        raise LayoutError("a tensor is split along an axis that it does not have", expected=f"axis {axis}", actual=f"shape {shape}")
+        raise UsageError("a tensor is split along an axis that it does not have", expected=f"axis {axis}", actual=f"shape {shape}")
     return shape[axis]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import shardwright as sw
-from shardwright.errors import ConfigError, LayoutError, TableError, UnsupportedError
+from shardwright.errors import ConfigError, LayoutError, TableError, UnsupportedError, UsageError
 from shardwright.planner.config import from_huggingface
 from shardwright.planner.layout import Layout
 from shardwright.planner.operations import OPERATIONS
@@ -82,13 +82,13 @@ def test_roll(count, shape):
 
 @pytest.mark.parametrize("count", [-1, 7, "2", True, None])
 def test_roll_of_no_number_of_rows_is_refused(count):
-    with pytest.raises(LayoutError, match=r"operation 'roll'.*expected 0 … 6"):
+    with pytest.raises(UsageError, match=r"operation 'roll'.*expected 0 … 6"):
         OPERATIONS.get("roll")([leaf(0, (6, 3))], {}, count)
 
 
 def test_roll_of_a_scalar_or_of_several_is_refused():
     for parts in ([leaf(0, ())], [leaf(0, (6, 3)), leaf(1, (6, 3))]):
-        with pytest.raises(LayoutError, match="'roll' does not fit"):
+        with pytest.raises(UsageError, match="'roll' does not fit"):
             OPERATIONS.get("roll")(parts, {}, 1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...errors import LayoutError, short
+from ...errors import UsageError, short
 from ..tensor.lazy import LazyTensor
 
 __all__ = ["groups_of", "parts_of"]
@@ -16,11 +16,11 @@ def parts_of(parts: Sequence[LazyTensor], count: int, axes: int, name: str) -> S
 
     Raises
     ------
-    LayoutError
+    UsageError
         Otherwise.
     """
     if len(parts) != count or any(len(part.shape) < axes for part in parts):
-        raise LayoutError(
+        raise UsageError(
             f"operation {name!r} does not fit the tensors that a row gives it",
             expected=f"{count} of at least {axes} axes",
             actual=", ".join(str(part.shape) for part in parts),
@@ -33,10 +33,10 @@ def groups_of(fields: Mapping[str, Any], name: str) -> int:
 
     Raises
     ------
-    LayoutError
+    UsageError
         The family has no such field, or it is no count.
     """
     groups = fields.get(name)
     if not isinstance(groups, int) or groups < 1:
-        raise LayoutError(f"an operation needs the config field {name!r}", actual=short(groups))
+        raise UsageError(f"an operation needs the config field {name!r}", actual=short(groups))
     return groups

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...errors import LayoutError, short
+from ...errors import UsageError, short
 from ..tensor.lazy import LazyTensor, concat
 from ._parts import parts_of
 
@@ -18,6 +18,6 @@ def roll(parts: Sequence[LazyTensor], fields: Mapping[str, Any], count: int) -> 
     """``[rows, …]`` with its last `count` rows first."""
     (table,) = parts_of(parts, 1, 1, "roll")
     if type(count) is not int or not 0 <= count <= table.shape[0]:
-        raise LayoutError("operation 'roll' turns a number of the table's rows", expected=f"0 … {table.shape[0]}", actual=short(count))
+        raise UsageError("operation 'roll' turns a number of the table's rows", expected=f"0 … {table.shape[0]}", actual=short(count))
     head, tail = table.split(0, [table.shape[0] - count, count])
     return concat([tail, head], axis=0)
