@@ -304,7 +304,12 @@ def read_box(
 
 
 def read_mean(
-    copies: Sequence[Sequence[Piece]], shape: tuple[int, ...], dtype: str, *, operands: Sequence[tuple[str, int]], root: str | os.PathLike[str]
+    copies: Sequence[Sequence[Piece]],
+    shape: tuple[int, ...],
+    dtype: str,
+    *,
+    operands: Sequence[tuple[str, int]],
+    root: str | os.PathLike[str],
 ) -> Buffer:
     """The bytes of a lazy tensor, row-major; of several copies, their mean as `averaging` has it."""
     first, *others = copies

@@ -270,7 +270,7 @@ class _Lowering:
         )
         copies = () if self.trust else tuple(replicas)
         average = average and bool(copies)
-        program = Program(label, dtype, shape, gathered.pieces, copies, tuple(padding), op, tuple(outputs), (), False, average)
+        program = Program(label, dtype, shape, gathered.pieces, copies, tuple(padding), op, tuple(outputs), (), False, average=average)
         return _Draft(program, max(b.grain for b, _ in uses))
 
     def _append(self, draft: _Draft, name: str, sources: Sequence[tuple[int, int]], uses: Sequence[tuple[int, int]]) -> None:

@@ -56,9 +56,7 @@ def rank_views(side: SourceSide, expansion: Expansion, layout: Layout, rank: int
         if len(dtypes) > 1:
             raise UnsupportedError("tensors that the target joins have different dtypes", tensor=instance.name, actual=sorted(dtypes))
         tensors, operands, copies = _parts(side, instance.hub)
-        first, *others = [
-            apply_split(row.build(parts), row.split)[row.split.shard_of(at["tp"])] for parts in (tensors, *copies)
-        ]
+        first, *others = [apply_split(row.build(parts), row.split)[row.split.shard_of(at["tp"])] for parts in (tensors, *copies)]
         name = f"model{instance.chunk}.{instance.name}" if prefixed else instance.name
         yield View(name, dtypes.pop(), first, operands, tuple(others))
 
