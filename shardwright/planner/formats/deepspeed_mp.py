@@ -15,6 +15,7 @@ Source: DeepSpeed ``runtime/state_dict_factory.py``, ``runtime/engine.py`` (``_s
 from __future__ import annotations
 
 import hashlib
+import posixpath
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -181,7 +182,8 @@ def _paths(store: Store, manifest: Manifest | None) -> tuple[list[str], str, tup
             actual=f"{len(files)} files", remedy="List all of them, or correct its 'mp_size'",
         )  # fmt: skip
     ordered, more = _in_order(files, manifest)
-    return ordered, ordered[0].rpartition("/")[0] + "/" if "/" in ordered[0] else "", (*notes, *more)
+    shared = posixpath.commonpath([posixpath.dirname(path) for path in ordered])
+    return ordered, f"{shared}/" if shared else "", (*notes, *more)
 
 
 def _refuse_others(manifest: Manifest) -> None:

@@ -33,7 +33,8 @@ from .common import carried, missing_config, read_unit, scheme_of, settle, told_
 
 __all__ = ["HuggingFace"]
 
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)$")
+_WEIGHTS = re.compile(r".*(?<!_states)\.(safetensors|bin|pt|pth|gguf)$")
+"""DeepSpeed's files end in ``_states.pt`` and are no model's own."""
 _COMPARE = 1 << 20
 
 
