@@ -95,13 +95,17 @@ def mp_ranks(
     return ranks
 
 
-def layer_files(hub: Mapping[str, np.ndarray], kv: int, head_dim: int, tp: int, *, first: int, multiple: int | None = None) -> dict[str, Arrays]:
+def layer_files(
+    hub: Mapping[str, np.ndarray], kv: int, head_dim: int, tp: int, *, first: int, multiple: int | None = None
+) -> dict[str, Arrays]:
     """What each layer's file holds, by its name."""
     found: dict[str, Arrays] = {}
     layers = layers_of(hub)
     behind = first + len(layers) + (first - 2)
     for rank in range(tp):
-        files: dict[int, Arrays] = {1: {"word_embeddings.weight": share(padded(hub["model.embed_tokens.weight"], tp, multiple), 0, tp, rank)}}
+        files: dict[int, Arrays] = {
+            1: {"word_embeddings.weight": share(padded(hub["model.embed_tokens.weight"], tp, multiple), 0, tp, rank)}
+        }
         if "model.embed_positions.weight" in hub:
             files[1]["position_embeddings.weight"] = hub["model.embed_positions.weight"]
         files[behind] = {kind: hub[f"model.norm.{kind}"] for kind in KINDS if f"model.norm.{kind}" in hub}

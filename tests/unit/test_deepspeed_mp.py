@@ -66,7 +66,9 @@ def in_files(ranks: list[ref.Arrays]) -> dict[str, ref.Arrays]:
 
 
 @pytest.mark.parametrize("order", ["", "-v1", "-v0"])
-@pytest.mark.parametrize(("name", "model", "tp"), [("layernorm", LLAMA, 3), ("layernorm", GPT, 4), ("transformer", GPT, 2), ("gpt2", GPT, 8)])
+@pytest.mark.parametrize(
+    ("name", "model", "tp"), [("layernorm", LLAMA, 3), ("layernorm", GPT, 4), ("transformer", GPT, 2), ("gpt2", GPT, 8)]
+)
 def test_what_is_written_is_the_layouts_definition(name, model, tp, order, tmp_path):
     hub, stored, source = made(model, tmp_path / "source")
     sw.convert(source, tmp_path / "out", to="deepspeed-mp", layout=sw.Layout(tp=tp), spec=name + order)
