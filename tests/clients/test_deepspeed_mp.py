@@ -85,7 +85,7 @@ def test_what_deepspeed_makes_of_llama(deepspeed: DeepSpeed, tmp_path: Path) -> 
     source = hf_models.make("llama_mha", tmp_path / "hf", num_hidden_layers=2)
     for tp in (1, 4, 2):
         sw.convert(source, tmp_path / str(tp), to="deepspeed-mp", layout=Layout(tp=tp), pad_vocab_to=512, memory=MEMORY)
-    with pytest.raises(RankError, match="dense_h_to_4h.bias is not found"):
+    with pytest.raises(RankError, match=r"dense_h_to_4h.bias is not found"):
         deepspeed.load_shards(shards(tmp_path / "4"), version=None, world=2, rank=0)
     found = deepspeed.load_shards(shards(tmp_path / "1"), version=None, world=2, rank=1)
     ours = modules(tmp_path / "2")[1]
@@ -164,7 +164,7 @@ def test_a_module_without_a_pipeline(trained: Callable[..., Run], tmp_path: Path
 
 
 def stated(run: Run) -> float:
-    return float(torch.load(sorted(run.tag.glob("mp_rank_*"))[0], weights_only=False).get("checkpoint_version", 0))
+    return float(torch.load(min(run.tag.glob("mp_rank_*")), weights_only=False).get("checkpoint_version", 0))
 
 
 def test_deepspeeds_pipeline_loads_our_layer_files(trained: Callable[..., Run], deepspeed: DeepSpeed, tmp_path: Path) -> None:
