@@ -24,7 +24,7 @@ from ..containers.base import StoredTensor, TensorSpec
 from ..containers.torch_zip import Namespace, TensorRef, TorchDtype
 from ..identity import read_identity
 from ..layout import MOST_LAYERS, Layout
-from ..megatron_args import check_norms, from_megatron, to_megatron
+from ..megatron_args import from_megatron, norm_shift, to_megatron
 from ..passes.sides import check_units
 from ..plan import Dropped
 from ..store import Store
@@ -83,6 +83,7 @@ class MegatronLegacy:
             warnings,
             None,
             identity,
+            norm_shift=norm_shift(fields, config),
         )
 
     def file(self, target: Target) -> Filing:
@@ -285,7 +286,6 @@ def _config(
 ) -> tuple[Family, ModelConfig, Mapping[str, Any] | None, tuple[str, ...]]:
     """Family and config: from the user or the files that travelled along, else from args."""
     if settled := settle(store, hints, identity, "hf/config.json"):
-        check_norms(arguments, settled[1], file)
         return *settled, ()
     if not arguments:
         raise missing_config(store, "megatron-legacy")
