@@ -48,7 +48,7 @@ from tests.unit.tiny import tiny_llama
 
 INDEX = "model.safetensors.index.json"
 QWEN3_MOE = Experts(layers=2, heads=4, kv=2, head_dim=2, hidden=8, ffn=4, expert_ffn=4, vocab=6, experts=8, dense=(0,), qk_norm=True)
-SECONDS = 3.0
+SECONDS = 6.0
 MEGABYTES = 64
 
 
