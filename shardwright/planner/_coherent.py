@@ -24,6 +24,8 @@ import numpy as np
 
 from ._strict import LIMIT, fail
 from .plan import KERNELS, SEAL_DIGITS, Bindings, Output, Plan, Program, TargetFile, TensorEntry
+from .passes.memory import averageable
+from .plan import SEAL_DIGITS, Bindings, Output, Plan, Program, TargetFile, TensorEntry
 from .schemes import SCHEMES
 from .tensor.dtypes import BY_NAME
 from .tensor.pieces import Piece
@@ -135,6 +137,8 @@ def _program(program: Program, bound: Bindings, where: str, kernels: set[str]) -
         _piece(piece, f"{where}.gather", sources, size)
     for piece in program.padding:
         _region(piece, f"{where}.padding", sources)
+    if program.average and not averageable(program.dtype):
+        fail(f"{where}.average", "is of a dtype that has no mean", actual=program.dtype)
     if program.op is None:
         if len(program.outputs) != 1 or program.outputs[0].dtype != program.dtype:
             fail(f"{where}.outputs", "of a plain copy is not one tensor of its dtype")

@@ -119,6 +119,8 @@ class Program:
         ``dst`` is the pivot, ``src`` the source operand `slot`. Covers the pivot once.
     replicas
         Further copies of (parts of) the pivot that must equal it; each is compared while its tile is in memory.
+    average
+        The replicas, each of the whole pivot, may differ from it: the mean of all copies takes its place.
     padding
         Source elements that are not part of the model (vocabulary rows): ``src`` is the source operand, ``dst`` strides
         are 0. They are read and classified (zeros, copies of the last row, other values), not copied.
@@ -142,6 +144,7 @@ class Program:
     outputs: tuple[Output, ...]
     cut: tuple[int, ...]
     whole: bool
+    average: bool = False
 
     @property
     def nbytes(self) -> int:
