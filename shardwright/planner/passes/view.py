@@ -1,23 +1,19 @@
 """Views: one tensor as a layout of the source's stored tensors, without a plan.
 
-`hub_view` is a hub tensor; `rank_views` are the tensors that one rank of a target would hold. Both evaluate the rows'
-operations on lazy tensors whose leaves already lie in source files, so any slice of the result can be read directly.
+`hub_view` is a hub tensor. Its leaves already lie in source files, so any slice of it can be read directly.
 Boundary: pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...errors import UnsupportedError
-from ..layout import Layout
 from ..tensor.lazy import LazyTensor
 from .lower import gather_row
-from .rows import Expansion, apply_split
 from .sides import SourceSide
 
-__all__ = ["View", "hub_view", "rank_views"]
+__all__ = ["View", "hub_view"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +30,6 @@ def hub_view(side: SourceSide, name: str) -> View:
     """A hub tensor."""
     tensors, operands = _parts(side, [name])
     return View(name, side.dtype(name), tensors[0], operands)
-
-
-def rank_views(side: SourceSide, expansion: Expansion, layout: Layout, rank: int, prefixed: bool) -> Iterator[View]:
-    """What `rank` of the expansion's layout holds, under the dialect's names.
-
-    With `prefixed`, names of virtual chunks begin with ``model{chunk}.``.
-    """
-    at = layout.coordinates(rank)
-    for instance in expansion.instances:
-        if instance.pp != at["pp"] or instance.ep not in (None, at["ep"]):
-            continue
-        row = expansion.classes[instance.row]
-        dtypes = {side.dtype(name) for name in instance.hub}
-        if len(dtypes) > 1:
-            raise UnsupportedError("tensors that the target joins have different dtypes", tensor=instance.name, actual=sorted(dtypes))
-        tensors, operands = _parts(side, instance.hub)
-        shard = apply_split(row.build(tensors), row.split)[row.split.shard_of(at["tp"])]
-        yield View(f"model{instance.chunk}.{instance.name}" if prefixed else instance.name, dtypes.pop(), shard, operands)
 
 
 def _parts(side: SourceSide, names: Sequence[str]) -> tuple[list[LazyTensor], tuple[tuple[int, int], ...]]:
