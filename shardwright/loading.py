@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from .sizes import parse_size
 
 if TYPE_CHECKING:
     from .executors.tile import Receipt
+    from .planner.plan import Plan
 
 __all__ = ["Loaded", "StateDict", "Together", "fill_modules", "read_ranks"]
 
@@ -65,11 +67,14 @@ class Together:
         This process among them, from 0.
     ranks
         The ranks of every process, in their order. Processes may load the same rank, as data-parallel ones do.
+    temporary
+        Whether the folder is removed when the load is over.
     """
 
     folder: str | os.PathLike[str]
     index: int
     ranks: Sequence[Sequence[int]]
+    temporary: bool = False
 
     @classmethod
     def of_group(cls, ranks: Sequence[int], group: Any = None) -> Together:
@@ -84,7 +89,7 @@ class Together:
         here = [number for number, (where, _, _) in enumerate(found) if where == host]
         if here[0] != me:
             os.rmdir(folder)
-        return cls(found[here[0]][1], here.index(me), [found[number][2] for number in here])
+        return cls(found[here[0]][1], here.index(me), [found[number][2] for number in here], temporary=True)
 
 
 def _boot() -> str:
@@ -179,20 +184,26 @@ def _run(
     together: Together | None = None,
 ) -> Receipt:
     """Fill tensors by number; `numbers` are the plan's (None: all, as those who load together must)."""
-    plan = holding.plan(numbers, trust_replicas=how.trust_replicas)
-    company = None
-    if together is not None and len(together.ranks) > 1:
-        takers = {
-            number: [process for process, ranks in enumerate(together.ranks) if holding.held[number].rank in ranks]
-            for number in range(len(holding.held))
-        }
-        asked = [list(map(list, together.ranks)), plan_hash(plan)]
-        meeting = Meeting(os.fspath(together.folder), together.index, len(together.ranks), hashlib.sha256(repr(asked).encode()).digest())
-        tiles = deal(plan, takers, len(together.ranks))[together.index]
-        others = {number: [process for process in found if process != together.index] for number, found in takers.items()}
-        company = Company(meeting, tiles, others)
+    count = len(together.ranks) if together else 1
+    plan = holding.plan(numbers, trust_replicas=how.trust_replicas, processes=count)
+    company = _company(plan, holding, together) if together and count > 1 else None
     try:
         return fill(plan, tensors, memory=how.memory, workers=how.workers, company=company)
     except ReplicaMismatchError as error:
         error.remedy = "Find out which copy is right; trust_replicas=True takes the first without comparing"
         raise
+    finally:
+        if together and together.temporary and not together.index:
+            shutil.rmtree(together.folder, ignore_errors=True)
+
+
+def _company(plan: Plan, holding: Holding, together: Together) -> Company:
+    """The others, what each takes, and the tiles that are this process's to read."""
+    count, me = len(together.ranks), together.index
+    takers = {
+        number: [process for process, ranks in enumerate(together.ranks) if held.rank in ranks] for number, held in enumerate(holding.held)
+    }
+    asked = [list(map(list, together.ranks)), plan_hash(plan)]
+    meeting = Meeting(os.fspath(together.folder), me, count, hashlib.sha256(repr(asked).encode()).digest())
+    others = {number: [process for process in found if process != me] for number, found in takers.items()}
+    return Company(meeting, deal(plan, takers, count)[me], others)

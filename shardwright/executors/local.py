@@ -127,6 +127,7 @@ def run(
             _schedule(lanes, workers)
     finally:
         progress.stop()
+        lanes.arena.release()
     lanes.stop.raise_cause()
 
 

@@ -44,7 +44,9 @@ from .tiling import choose_cuts, tile
 __all__ = ["Held", "Holding", "deal", "hold"]
 
 TILE_BYTES = 32 << 20
-"""Smaller than a conversion's: nothing is journaled, and tiles are shared among processes."""
+TILE_FLOOR = 1 << 20
+TILES_EACH = 8
+"""Tiles for each process at least, where they are not smaller than the floor: they are what lanes and processes share."""
 
 Shape = tuple[int, ...]
 
@@ -117,8 +119,13 @@ class Holding:
     def _files(self) -> tuple[TargetFile, ...]:
         return tuple(TargetFile(f"{held.name}@{held.rank}", held.nbytes) for held in self.held)
 
-    def plan(self, numbers: Collection[int] | None = None, *, trust_replicas: bool = False) -> Plan:
+    def plan(self, numbers: Collection[int] | None = None, *, trust_replicas: bool = False, processes: int = 1) -> Plan:
         """The plan that fills these tensors (all by default); tensor n is target file n, row-major from byte 0 on.
+
+        Parameters
+        ----------
+        processes
+            Among which its tiles will be shared.
 
         Raises
         ------
@@ -128,10 +135,12 @@ class Holding:
             The plan contradicts itself: a mistake in a table.
         """
         chosen = range(len(self.held)) if numbers is None else sorted(set(numbers))
+        each = sum(self.held[number].nbytes for number in chosen) // (TILES_EACH * processes)
+        tile_bytes = min(TILE_BYTES, max(TILE_FLOOR, each))
         with no_collector():
             lowered = restrict(lower(self.side, self._placed(chosen), trust_replicas=trust_replicas))
-            programs = choose_cuts(lowered, TILE_BYTES)
-            tiles = tile(programs, lowered.bindings, lowered.grains, TILE_BYTES)
+            programs = choose_cuts(lowered, tile_bytes)
+            tiles = tile(programs, lowered.bindings, lowered.grains, tile_bytes)
             held = [self.held[n] for n in chosen]
             plan = Plan(
                 self._recipe(len(chosen) == len(self.held) or chosen, trust_replicas),
