@@ -83,7 +83,8 @@ def fill(
 
     try:
         if company is None:
-            run(plan, sources, Tensors(tensors, dtypes), fitted, tiles=range(len(plan.tiles)), finished=finished, stop=stop)
+            sink, tiles = Tensors(tensors, dtypes), range(len(plan.tiles))
+            run(plan, sources, sink, fitted, tiles=tiles, finished=finished, stop=stop, memory=sink.memory)
         else:
             with Mates(company.meeting, stop) as mates:
                 sink = Tensors(tensors, dtypes, remote=lambda number, at, data: mates.hand(company.takers[number], number, at, data))

@@ -1,6 +1,6 @@
 """A sink over tensors in memory: what a plan would write to target file n goes to tensor n.
 
-1. A contiguous tensor on the CPU that has the plan's dtype is seen as bytes, and those are copied to it.
+1. A contiguous tensor on the CPU that has the plan's dtype is seen as bytes, and those are copied to it, or read into it.
 2. Any other (another dtype, another device, strided) is given values: a run of elements, row-major, becomes at most one
    part of a row, whole rows, and one part of a row on each axis; torch copies, casts and transfers each.
 
@@ -60,6 +60,11 @@ class Tensors:
     def writing(self, number: int) -> Iterator[Write]:
         """A function that puts bytes at an offset of that tensor, seen row-major in the plan's dtype."""
         yield partial(self._write, number)
+
+    def memory(self, number: int) -> memoryview | None:
+        """The tensor's own memory, if bytes can be put there and no one else takes them."""
+        raw = self._bytes.get(number) if self._remote is None else None
+        return None if raw is None else raw.data
 
     def place(self, number: int, offset: int, data: memoryview) -> None:
         """The same for one run of bytes; for a tensor of another process, nothing."""
