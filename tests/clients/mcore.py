@@ -62,6 +62,7 @@ class Megatron:
         vocab: int,
         ids: torch.Tensor | None = None,
         launch: tuple[str, ...] = (),
+        source: Path | None = None,
     ) -> torch.Tensor:
         """Load a checkpoint into Megatron's GPTModel and run it.
 
@@ -77,6 +78,8 @@ class Megatron:
             Token ids; `hf_logits.token_ids` of ``vocab`` by default.
         launch
             What the checkpoint's ``args`` cannot say, and whoever launches must: names in `mcore_model.LAUNCH`.
+        source
+            Take only the ``args`` from `folder`: the weights are loaded from this checkpoint, of any format, by shardwright.
 
         Returns
         -------
@@ -89,7 +92,9 @@ class Megatron:
             A file or an argument is missing, tensors are missing, unexpected or of the wrong shape or dtype, or the run fails.
         """
         ids = token_ids(vocab) if ids is None else ids
-        request = Request(str(Path(folder).absolute()), tp, pp, vpp, tuple(map(tuple, ids.tolist())), vocab, ep, launch)
+        request = Request(
+            str(Path(folder).absolute()), tp, pp, vpp, tuple(map(tuple, ids.tolist())), vocab, ep, launch, source and str(source)
+        )
         answer = self._ask(request)
         if isinstance(answer, str):
             raise MegatronError(answer)
