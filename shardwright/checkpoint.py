@@ -383,8 +383,9 @@ def _device(device: str | torch.device) -> torch.device:
     import torch
 
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
+        # A name that torch knows may still be a device that this machine, or this torch, does not have.
+        return torch.empty(0, device=torch.device(device)).device
+    except (RuntimeError, TypeError, AssertionError) as error:
         raise UsageError(f"no such device ({str(error).splitlines()[0]})", actual=device) from None
 
 

@@ -12,10 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..planner.passes.memory import fit, plan_nbytes, whole_items
 from ..planner.plan import Plan
+from ..planner.tensor.pieces import FILL
 from .host import default_workers
 from .local import run
 from .mates import Mates, Meeting
@@ -71,15 +75,16 @@ def fill(
     shared = company.meeting.shared_bytes if company else 0
     wanted = default_workers() if workers is None else workers
     fitted = fit(plan.programs, memory - shared, wanted, plan_nbytes(plan), whole_items(plan.programs, plan.tiles), base=0)
-    check_unchanged(plan.source_root, plan.source_files)
+    files = {number: plan.source_files[number] for number in _read(plan)}
+    check_unchanged(plan.source_root, list(files.values()))
     stop, total = Stop(), Receipt()
-    sources = SourceFiles(plan.source_root, plan.source_files)
+    sources = SourceFiles(plan.source_root, files)
     dtypes = {entry.file: entry.dtype for entry in plan.target_tensors}
-    seen: set[int] = set()
+    lock = Lock()
 
     def finished(tile: int, receipt: Receipt) -> None:
-        total.add(receipt)
-        seen.update(receipt.sources)
+        with lock:
+            total.add(receipt)
 
     try:
         if company is None:
@@ -91,12 +96,22 @@ def fill(
                 mates.begin(sink.place)
                 run(plan, sources, sink, fitted, tiles=company.tiles, finished=finished, stop=stop)
                 mates.finish()
-        sources.check(sorted(seen))
+        sources.check(files)
     finally:
         sources.close()
     for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
         _synchronise(device)
     return total
+
+
+def _read(plan: Plan) -> list[int]:
+    """The source files that the plan reads, of perhaps many."""
+    found: set[int] = set()
+    for program, bound in zip(plan.programs, plan.bindings, strict=True):
+        pieces = [*program.gather, *program.padding, *(piece for replica in program.replicas for piece in replica)]
+        for slot in {piece.slot for piece in pieces} - {FILL}:
+            found.update(np.unique(bound.source_file[:, slot]).tolist())
+    return sorted(found)
 
 
 def _synchronise(device: torch.device) -> None:

@@ -77,6 +77,27 @@ def test_hub_names_and_layouts_of_the_source(src: Path, tmp_path: Path) -> None:
     filled(module, expected)
 
 
+def test_bytes_are_read_into_the_parameters_themselves(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a strip is one run of a tensor nothing is copied; with the way closed the result is the same."""
+    expected = sw.open(src).state_dict(lazy=False)
+    copied: list[int] = []
+    real = Tensors.place
+
+    def counting(self: Tensors, number: int, offset: int, data: memoryview) -> None:
+        copied.append(len(data))
+        real(self, number, offset, data)
+
+    monkeypatch.setattr(Tensors, "place", counting)
+    straight, around = module_of(expected), module_of(expected)
+    sw.open(src).load_into(straight)
+    assert copied == []
+    monkeypatch.setattr(Tensors, "memory", lambda self, number: None)
+    sw.open(src).load_into(around)
+    assert sum(copied) == sum(tensor.nbytes for tensor in expected.values())
+    filled(straight, expected)
+    filled(around, expected)
+
+
 def test_virtual_chunks_and_several_ranks_in_one_pass(src: Path) -> None:
     options: dict[str, Any] = {"to": "megatron-legacy", "layout": Layout(tp=2, pp=2, vpp=2), "pad_vocab_to": 4}
     held = sw.open(src).state_dicts(**options)

@@ -154,6 +154,23 @@ def test_equals_what_convert_writes(made: Made, way: Way, source: Callable[[Made
     same(ckpt.state_dict(rank=rank, **options), expected)
 
 
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_norms_stored_in_the_other_way(source: Callable[[Made], Path], tmp_path: Path, dtype: str | None) -> None:
+    """Where convert adds 1 to the stored values, so does a load, with the one rounding."""
+    sw.convert(source(Made("gemma")), tmp_path / "m", to="megatron-legacy", layout=Layout(tp=2), dtype="bfloat16")
+    for path in (tmp_path / "m").glob("release/*/model_optim_rng.pt"):
+        state = torch.load(path, weights_only=False)
+        state["args"].apply_layernorm_1p = False
+        torch.save(state, path)
+    sw.convert(tmp_path / "m", tmp_path / "out", to="huggingface", dtype=dtype)
+    (expected,) = written(tmp_path / "out", "huggingface", Layout())
+    ckpt = sw.open(tmp_path / "m")
+    assert ckpt.source.norm_shift
+    for lazy in (True, False):
+        same(ckpt.state_dict(to="huggingface", dtype=dtype, lazy=lazy), expected)
+    same(ckpt.state_dict(dtype=dtype, lazy=False), expected)
+
+
 class Reads:
     """What goes through `preadv`, as (file, offset) → bytes."""
 
@@ -341,6 +358,7 @@ class TestRefusals:
             ({"include": ["*.q_prj.*"]}, r"no tensor has a name like that; actual \*.q_prj.\*. Nearest name: model.layers.*"),
             ({"include": ["model.norm.*", "nothing"]}, "actual nothing"),
             ({"device": "gpu"}, "no such device"),
+            ({"device": "xpu:7"}, "no such device.*actual xpu:7"),
             ({"to": None}, "hub tensors are not split"),
             ({"to": "rank"}, "rank"),
             ({"workers": 0}, "workers must be at least 1"),
@@ -385,6 +403,15 @@ class TestRefusals:
             ckpt.state_dict()["model.norm.weight"]
         assert ckpt.state_dict()["lm_head.weight"].shape == (131, 64)
         assert ckpt.state_dict(lazy=False, trust_replicas=True)["model.norm.weight"][3] + 1 == held["model.norm.weight"][3]
+
+    def test_a_source_that_is_gone(self, source: Callable[[Made], Path], tmp_path: Path) -> None:
+        """Only the files that are read are looked for."""
+        sw.convert(source(Made("llama")), tmp_path / "r", to="ranks", layout=Layout(pp=2))
+        found = sw.open(tmp_path / "r").state_dict()
+        next((tmp_path / "r").glob("rank_00001_*.safetensors")).unlink()
+        assert found["model.embed_tokens.weight"].shape == (131, 64)
+        with pytest.raises(errors.PlanError, match=r"cannot be found.*rank_00001_tp0_pp1.safetensors"):
+            found["lm_head.weight"]
 
     def test_a_source_that_changed(self, source: Callable[[Made], Path], tmp_path: Path) -> None:
         sw.convert(source(Made("llama")), tmp_path / "r", to="huggingface")

@@ -94,6 +94,8 @@ class Holding:
         In ascending order.
     held
         All tensors, rank by rank in the order of the target's files; their positions are their numbers.
+    sources
+        The source's files as they were when this was made; a load refuses those that have changed.
     """
 
     source: Source
@@ -104,16 +106,11 @@ class Holding:
     side: SourceSide
     target: TargetSide
     spots: tuple[_Spot, ...]
+    sources: tuple[SourceFile, ...]
 
     def numbers(self, rank: int) -> dict[str, int]:
         """Names of what a rank holds, with their numbers."""
         return {held.name: number for number, held in enumerate(self.held) if held.rank == rank}
-
-    @cached_property
-    def _sources(self) -> tuple[SourceFile, ...]:
-        store = self.source.store
-        stats = {path: store.stat(path) for path in self.source.files}
-        return tuple(SourceFile(path, stats[path].nbytes, stats[path].mtime_ns, digest) for path, digest in self.source.files.items())
 
     @cached_property
     def _files(self) -> tuple[TargetFile, ...]:
@@ -146,7 +143,7 @@ class Holding:
                 self._recipe(len(chosen) == len(self.held) or chosen, trust_replicas),
                 self.source.store.root,
                 {"source_format": self.source.format, "family": self.source.family.name, "target_format": self.request.to},
-                self._sources,
+                self.sources,
                 self._files,
                 (),
                 tuple(programs),
@@ -222,7 +219,9 @@ def hold(source: Source, request: Request, ranks: Sequence[int], include: Sequen
         target = targets(replace(expansion, instances=kept), layout, side, casts(source.family, request.dtype), None, source.norm_shift)
         wanted = tuple(sorted(set(ranks)))
         held, spots = _held(kept, target, prefixed, wanted)
-    return Holding(source, request, wanted, tuple(include), held, side, target, spots)
+    stats = {path: source.store.stat(path) for path in source.files}
+    sources = tuple(SourceFile(path, stats[path].nbytes, stats[path].mtime_ns, digest) for path, digest in source.files.items())
+    return Holding(source, request, wanted, tuple(include), held, side, target, spots, sources)
 
 
 def _rows(source: Source, request: Request) -> tuple[Expansion, bool]:
