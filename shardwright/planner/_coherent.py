@@ -23,9 +23,8 @@ from math import prod
 import numpy as np
 
 from ._strict import LIMIT, fail
-from .plan import KERNELS, SEAL_DIGITS, Bindings, Output, Plan, Program, TargetFile, TensorEntry
 from .passes.memory import averageable
-from .plan import SEAL_DIGITS, Bindings, Output, Plan, Program, TargetFile, TensorEntry
+from .plan import KERNELS, SEAL_DIGITS, Bindings, Output, Plan, Program, TargetFile, TensorEntry
 from .schemes import SCHEMES
 from .tensor.dtypes import BY_NAME
 from .tensor.pieces import Piece

@@ -24,12 +24,8 @@ from ..containers.base import StoredTensor, TensorSpec
 from ..containers.torch_zip import Namespace, TensorRef, TorchDtype
 from ..identity import read_identity
 from ..layout import MOST_LAYERS, Layout
-<<<<<<< HEAD
-from ..megatron_args import from_megatron, norm_shift, to_megatron
-=======
 from ..manifest import names_shards
-from ..megatron_args import check_norms, from_megatron, to_megatron
->>>>>>> 9e93095dabaaba27add65bea14da9e38d9c3ec40
+from ..megatron_args import from_megatron, norm_shift, to_megatron
 from ..passes.sides import check_units
 from ..plan import Dropped
 from ..store import Store

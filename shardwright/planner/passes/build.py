@@ -37,7 +37,7 @@ from .rows import expand
 from .sides import SourceSide, TargetSide, place, resolve, targets, without_scales
 from .tiling import TILE_BYTES, choose_cuts, tile
 
-__all__ = ["assemble", "build", "no_collector", "read_names", "read_side", "sides_of"]
+__all__ = ["assemble", "bind", "build", "no_collector", "read_names", "read_side", "sides_of"]
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def build(source: Source, request: Request, *, tile_bytes: int = TILE_BYTES) -> 
 
 def sides_of(source: Source, request: Request, words: Words, cast: Cast) -> tuple[SourceSide, TargetSide]:
     family, config = source.family, source.config
-    side = _read_side(source, request.drop)
+    side = bind(source, request.drop)
     write = expand(family, config, words.dialect, words.spec, request.layout, words.padded_vocab, hub=source.hub)
     return side, targets(write, request.layout, side, cast, words.scheme, source.norm_shift)
 
@@ -99,11 +99,11 @@ def read_side(source: Source) -> SourceSide:
             expected=f"stored values {'+' if source.norm_shift > 0 else '-'} 1",
             remedy="Convert the checkpoint, to huggingface or ranks for example",
         )
-    return _read_side(source)
+    return bind(source)
 
 
-def _read_side(source: Source, drop: Sequence[str] = ()) -> SourceSide:
-    """The source's rows, bound to its headers."""
+def bind(source: Source, drop: Sequence[str] = ()) -> SourceSide:
+    """The source's rows, bound to its headers, whatever has to be done to their values."""
     family, config, padded = source.family, source.config, source.padded_vocab
     read = expand(family, config, source.dialect, source.spec, source.layout, padded, hub=source.hub, reading=True)
     asked = tuple(Ignore(pattern, "left out with --drop") for pattern in drop)
@@ -121,8 +121,8 @@ def read_names(source: Source) -> SourceSide:
         Also where a payload or a scale is missing, or is not what the scheme makes.
     """
     if source.scheme is None:
-        return _read_side(source)
-    return _read_side(replace(source, units={key: without_scales(unit, source.scheme) for key, unit in source.units.items()}))
+        return bind(source)
+    return bind(replace(source, units={key: without_scales(unit, source.scheme) for key, unit in source.units.items()}))
 
 
 def _file(source: Source, request: Request, words: Words, side: SourceSide, wanted: TargetSide) -> Filing:
