@@ -407,8 +407,16 @@ def families(as_json: bool) -> None:
     if as_json:
         _print(found)
         return
-    shown = ("model_types", "architecture", "spellings", "refuse")
-    _listing({name: {key: facts[key] for key in shown if facts[key]} for name, facts in found.items()}, as_json)
+    shown = ("model_types", "architecture", "spellings")
+    for name, facts in found.items():
+        _listing({name: {key: facts[key] for key in shown if facts[key]}}, as_json)
+        for dialect, refusals in facts["refuse"].items():
+            for refusal in refusals:
+                click.echo(
+                    f"{'':18} not in {dialect}"
+                    + ("" if refusal["when"] == "true" else f" where {refusal['when']}")
+                    + f": {refusal['reason']}"
+                )
 
 
 @main.command()

@@ -25,7 +25,7 @@ from ..containers.torch_zip import Namespace, TensorRef, TorchDtype
 from ..identity import read_identity
 from ..layout import MOST_LAYERS, Layout
 from ..manifest import known_version, names_shards
-from ..megatron_args import check_norms, from_megatron, to_megatron
+from ..megatron_args import from_megatron, norm_shift, to_megatron
 from ..passes.sides import check_units
 from ..plan import Dropped
 from ..store import Store
@@ -90,6 +90,7 @@ class MegatronLegacy:
             warnings,
             None,
             identity,
+            norm_shift=norm_shift(fields, config),
         )
 
     def file(self, target: Target) -> Filing:
@@ -281,7 +282,6 @@ def _config(
 ) -> tuple[Family, ModelConfig, Mapping[str, Any] | None, tuple[str, ...]]:
     """Family and config: from the user or the files that travelled along, else from args."""
     if settled := settle(store, hints, identity, "hf/config.json"):
-        check_norms(arguments, settled[1], file)
         return *settled, ()
     if not arguments:
         raise missing_config(store, "megatron-legacy")
