@@ -118,6 +118,21 @@ def layer_files(
     return found
 
 
+def neox_files(hub: Mapping[str, np.ndarray], kv: int, head_dim: int, *, linear: bool) -> dict[str, Arrays]:
+    """GPT-NeoX's files of one rank: embedding in layer 0, blocks from 2, norm in L + 3, head in L + 4; its own names."""
+    layers = layers_of(hub)
+    files: dict[int, Arrays] = {0: {"word_embeddings.weight": padded(hub["model.embed_tokens.weight"], 1)}}
+    for number, w in enumerate(layers):
+        held = block(w, kv, head_dim, 1, 0, 2, "attention", "layernorm")
+        for old, new in (("dense_h_to_4h", "linear1"), ("dense_4h_to_h", "linear2")) if linear else ():
+            held = {name.replace(old, new): array for name, array in held.items()}
+        files[number + 2] = held
+    files[len(layers) + 3] = {f"norm.{kind}": hub[f"model.norm.{kind}"] for kind in KINDS}
+    if "lm_head.weight" in hub:
+        files[len(layers) + 4] = {"final_linear.weight": padded(hub["lm_head.weight"], 1)}
+    return {f"layer_{number:02d}-model_00-model_states.pt": held for number, held in files.items()}
+
+
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron's own dictionaries: embedding by embedding, and the rest under ``encoder`` or ``transformer``."""
     made: dict[str, Any] = {}

@@ -303,3 +303,41 @@ def test_bloom_under_the_names_of_a_module_that_is_no_pipeline(tmp_path):
     sw.convert(tmp_path / "out", tmp_path / "layers", to="megatron-deepspeed", layout=sw.Layout(tp=2))
     sw.convert(tmp_path / "layers", tmp_path / "back", to="huggingface")
     assert ref.differences({0: stored}, {0: ref.read_huggingface(tmp_path / "back")}) == []
+
+
+# -- GPT-NeoX ---------------------------------------------------------------------------------------------------------------------
+
+
+NEOX = Gpt("gpt_neox", layers=3, tied=False, config={"rotary_pct": 0.25})
+
+
+@pytest.mark.parametrize("spec", ["linear", "dense"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_gpt_neox(tied, spec, tmp_path):
+    model = Gpt("gpt_neox", layers=3, tied=tied, config={"rotary_pct": 0.25})
+    hub, stored, source = made(model, tmp_path / "hf")
+    expected = ds.neox_files(hub, model.kv, model.head_dim, linear=spec == "linear")
+    sw.convert(source, tmp_path / "out", to="megatron-deepspeed", dialect="gpt-neox", spec=spec)
+    assert ref.differences(expected, ds.read(tmp_path / "out" / "global_step0", "layer_*.pt", None)) == []
+    foreign = write_layers(tmp_path / "source", expected, model.raw())
+    buffer = torch.ones(2)
+    altered("layer_02-model_00-model_states.pt", lambda s: s.update({"attention.rotary_emb.inv_freq": buffer}))(foreign / "step")
+    opened = sw.open(foreign)
+    assert (opened.source.dialect.name, opened.source.spec) == ("gpt-neox", spec)
+    job = sw.plan(opened, tmp_path / "back", to="huggingface")
+    assert [dropped.name for dropped in job.plan.dropped] == ["layers.0.attention.rotary_emb.inv_freq"]
+    job.execute()
+    assert ref.differences({0: stored}, {0: ref.read_huggingface(tmp_path / "back")}) == []
+
+
+def test_biases_that_gpt_neox_adds_up(tmp_path):
+    """Two ranks' files of GPT-NeoX: no copies and no parts, so they are refused rather than averaged."""
+    _, _, source = made(NEOX, tmp_path / "hf")
+    with pytest.raises(UnsupportedError, match="adds up the biases"):
+        sw.plan(source, tmp_path / "out", to="megatron-deepspeed", dialect="gpt-neox", layout=sw.Layout(tp=2))
+    one = ds.neox_files(NEOX.hub(), NEOX.kv, NEOX.head_dim, linear=True)
+    two = one | {name.replace("model_00", "model_01"): held for name, held in one.items()}
+    with pytest.raises(UnsupportedError, match="adds up the biases"):
+        sw.plan(write_layers(tmp_path / "source", two, NEOX.raw()), tmp_path / "out", to="huggingface")
+    with pytest.raises(UnsupportedError, match="has no row for this tensor"):
+        sw.plan(made(BLOOM, tmp_path / "bloom")[2], tmp_path / "out", to="megatron-deepspeed", dialect="gpt-neox")

@@ -6,6 +6,9 @@ first file that holds a block's tensors says where. Before the blocks lies the e
 are bare, and an untied head. The pipeline's stages leave no trace in these files. Parameters that every rank has are averaged
 (the dialect says which); QKV rows are of checkpoint version 2.0, as DeepSpeed's loader takes them.
 
+GPT-NeoX writes such files, too, with names of its own (dialect ``gpt-neox``): its embedding is layer 0, and behind the blocks from 2
+on one layer without parameters comes before the norm.
+
 A target's blocks begin at 3 where a norm follows the embeddings, which only bigscience's model has, else at 2. With the layer
 files it has ``mp_rank_NN_model_states.pt`` for every tensor-parallel rank, whose module is None: DeepSpeed's engine asks for one.
 Source: DeepSpeed ``runtime/pipe/module.py``, ``runtime/pipe/engine.py``; ``megatron/model/gpt_model.py`` of both forks.
@@ -27,7 +30,7 @@ from ..passes.sides import Wanted, check_units
 from ..store import Store
 from ..tables import DIALECTS
 from .base import Filing, Hints, Source, Target, Unit, companions
-from .common import carried, read_unit
+from .common import carried, read_unit, told_spec
 from .deepspeed_files import LATEST, LAYER_FILE, MODEL_FILE, TAG, config_of, dropped_of, folder_of, numbered
 from .deepspeed_mp import META, engine_states, refuse_pipeline
 
@@ -35,13 +38,14 @@ __all__ = ["MegatronDeepSpeed"]
 
 _BLOCK = re.compile(r"(?:self_attention|attention)\.")
 _PREFIX = re.compile(r"layers\.(\d+)\.")
+_NEOX = re.compile(r"layers\.\d+\.attention\.")
 
 
 class MegatronDeepSpeed:
     """See the module."""
 
     name = "megatron-deepspeed"
-    dialects: tuple[str, ...] = ("megatron-deepspeed",)
+    dialects: tuple[str, ...] = ("megatron-deepspeed", "gpt-neox")
     containers: tuple[str, ...] = ("torch",)
     ranked = True
 
@@ -66,7 +70,9 @@ class MegatronDeepSpeed:
                     raise CheckpointError(
                         "two layers' files hold one tensor", file=tensor.file, tensor=name, actual=f"also in {before.file}"
                     )
-        layout, dialect = Layout(tp=ranks), DIALECTS.get("megatron-deepspeed")
+        names = {name for unit in units.values() for name in unit}
+        foreign = any(_NEOX.match(name) for name in names)
+        layout, dialect = Layout(tp=ranks), DIALECTS.get("gpt-neox" if foreign else "megatron-deepspeed")
         check_units(units, layout, dialect, self.name)
         models = numbered(store, MODEL_FILE, folder)
         path = next(iter(models.values()), next(iter(paths.values())))
@@ -80,7 +86,7 @@ class MegatronDeepSpeed:
             store,
             self.name,
             dialect,
-            "",
+            told_spec(dialect, family, config, names),
             "torch",
             layout,
             family,
@@ -100,10 +106,15 @@ class MegatronDeepSpeed:
     def file(self, target: Target) -> Filing:
         refuse_pipeline(target.layout, self.name)
         layers, tp = target.config["num_hidden_layers"], target.layout.tp
+        neox = target.dialect.name == "gpt-neox"
         first = 3 if any(w.name.startswith("word_embeddings.norm.") for w in target.wanted) else 2
+        # bigscience's model and GPT-NeoX's have a layer without parameters behind the blocks, as they have one before them.
+        behind = first + layers + (neox or first == 3)
+        ends = {"word_embeddings.weight": 1 - neox, **dict.fromkeys(("weight", "bias", "norm.weight", "norm.bias"), behind)}
+        ends |= {"lm_head.weight": behind + 1, "final_linear.weight": behind + 1}
         members: dict[int, list[int]] = {}
         for i, wanted in enumerate(target.wanted):
-            members.setdefault(_file_number(wanted, first, layers), []).append(i)
+            members.setdefault(_file_number(wanted, first, ends), []).append(i)
         units = []
         for number, positions in sorted(members.items()):
             held = [target.wanted[i] for i in positions]
@@ -125,13 +136,10 @@ class MegatronDeepSpeed:
         return Filing(tuple(units), ((LATEST, TAG.encode()), *files), copies)
 
 
-def _file_number(wanted: Wanted, first: int, layers: int) -> int:
-    """The layer that a tensor lies in, as the pipeline module counts."""
-    if match := _PREFIX.match(wanted.name):
-        return first + int(match[1])
-    # bigscience's model has one more layer without parameters behind the blocks, as it has one more before them.
-    behind = first + layers + (first - 2)
-    return {"weight": behind, "bias": behind, "lm_head.weight": behind + 1}.get(wanted.name, 1)
+def _file_number(wanted: Wanted, first: int, ends: Mapping[str, int]) -> int:
+    """The layer that a tensor lies in, as the pipeline module counts; what `ends` does not say is the embedding's."""
+    match = _PREFIX.match(wanted.name)
+    return first + int(match[1]) if match else ends.get(wanted.name, ends["word_embeddings.weight"])
 
 
 def _ranks(paths: Mapping[tuple[int, ...], str]) -> int:
