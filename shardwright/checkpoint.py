@@ -77,7 +77,9 @@ def open(
     hints = Hints(find_family(family), _config(config), vocab_size)
     if (listed := _manifest(Path(path))) is not None:
         root, manifest, notes = listed
-        source = open_source(LocalStore(root), replace(hints, manifest=manifest))
+        # Files far from each other have a root that is no checkpoint's folder: nobody walks it.
+        names = None if root == Path(path).absolute().parent else (*manifest.files, *(manifest.whole or ()))
+        source = open_source(LocalStore(root, names), replace(hints, manifest=manifest))
         return Checkpoint(replace(source, warnings=(*notes, *source.warnings)))
     if _is_config(Path(path)):
         if config is not None or vocab_size is not None:
@@ -118,6 +120,11 @@ def _manifest(path: Path) -> tuple[Path, Manifest, tuple[str, ...]] | None:
     found, notes = resolve(manifest, names, lambda name: Path(name).is_file(), f"{folder}/", (f"{Path.cwd()}/",))
     files = [Path(os.path.normpath(name)) for name in found]
     root = folder if all(file.is_relative_to(folder) for file in files) else Path(os.path.commonpath([f.parent for f in files]))
+    if root == Path(root.anchor):
+        raise UnsupportedError(
+            "the files of the manifest lie in folders that share nothing but the root", file=path, actual=[*map(str, files)][:3],
+            remedy="Make a folder of links to them, and a manifest beside those",
+        )  # fmt: skip
     relative = tuple(file.relative_to(root).as_posix() for file in files)
     cut = len(manifest.files)
     whole = None if manifest.whole is None else relative[cut:]

@@ -200,5 +200,5 @@ def test_json_of_a_plan(tmp_path):
     assert from_json(value).programs == plan.programs
     at = next(i for i, p in enumerate(value["programs"]) if p.get("average"))
     value["programs"][at]["average"] = 1
-    with pytest.raises(PlanError, match="average.*neither true nor false"):
+    with pytest.raises(PlanError, match=r"average.*neither true nor false"):
         from_json(value)

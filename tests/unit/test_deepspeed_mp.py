@@ -241,10 +241,10 @@ def test_tags(tmp_path):
 
 def test_what_the_format_does_not_hold(tmp_path):
     _, _, source = made(GQA, tmp_path / "source")
-    with pytest.raises(UnsupportedError, match="tensor-parallel ranks only.*actual pp 2"):
+    with pytest.raises(UnsupportedError, match=r"tensor-parallel ranks only.*actual pp 2"):
         sw.plan(source, tmp_path / "out", to="deepspeed-mp", layout=sw.Layout(pp=2))
     for spec in ("layernorm-v0", "layernorm-v1"):
-        with pytest.raises(UnsupportedError, match="no grouped-query attention.*expected 24.*actual 8"):
+        with pytest.raises(UnsupportedError, match=r"no grouped-query attention.*expected 24.*actual 8"):
             sw.plan(source, tmp_path / "out", to="deepspeed-mp", spec=spec)
     with pytest.raises(UnsupportedError, match="has no row for this tensor"):
         sw.plan(source, tmp_path / "out", to="deepspeed-mp", spec="gpt2")
@@ -257,7 +257,7 @@ def test_names_of_nobody_cannot_be_joined(tmp_path):
 
 
 def test_a_hugging_face_model_in_one_rank(tmp_path):
-    hub, stored, _ = made(GPT, tmp_path / "hf")
+    _, stored, _ = made(GPT, tmp_path / "hf")
     source = write_shards(tmp_path / "source", [stored | {"lm_head.weight": stored["transformer.wte.weight"]}], GPT.raw())
     opened = sw.open(source)
     assert opened.source.dialect.name == "huggingface"

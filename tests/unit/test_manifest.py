@@ -218,3 +218,44 @@ def test_other_json_is_no_manifest(tmp_path):
     (root / "broken.json").write_text('{"checkpoints": ')
     assert sw.open(root).format == "huggingface"
     assert sw.open(root / "config.json").format == "config"
+
+
+def test_the_command_line(tmp_path):
+    """A manifest is SRC like any other, and --verify opens it again; a folder above far files is not walked."""
+    from click.testing import CliRunner
+
+    from shardwright.cli import main
+
+    for name, held in zip(("near", "far"), ds.mp_ranks(GPT.hub(), GPT.kv, GPT.head_dim, 2, "gpt2", 0), strict=True):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        torch.save({"module": ds.tensors(held)}, tmp_path / "data" / name / "model.pt")
+    files = [str(tmp_path / "data" / name / "model.pt") for name in ("near", "far")]
+    (tmp_path / "data" / "config.json").write_text(json.dumps(GPT.raw()))
+    src = manifest(tmp_path / "else" / "m.json", checkpoints=files)
+    (tmp_path / "data" / "model.safetensors").write_bytes(b"not a checkpoint")
+    words = [
+        "convert",
+        str(src),
+        str(tmp_path / "out"),
+        "--to",
+        "deepspeed-mp",
+        "--tp",
+        "4",
+        "--megatron-spec",
+        "gpt2-v1",
+        "--verify",
+        "--json",
+    ]
+    ran = CliRunner().invoke(main, words)
+    assert ran.exit_code == 0, ran.output
+    expected = ds.mp_ranks(GPT.hub(), GPT.kv, GPT.head_dim, 4, "gpt2", 1)
+    found = ds.read(tmp_path / "out" / "global_step0")
+    assert ref.differences(dict(enumerate(expected)), dict(enumerate(found.values()))) == []
+    refused = CliRunner().invoke(main, [*words[:3], "--to", "deepspeed-mp", "--megatron-spec", "gpt3", "--json"])
+    assert refused.exit_code == 2
+
+
+def test_files_without_a_common_folder(tmp_path):
+    path = manifest(tmp_path / "m.json", checkpoints=[str(tmp_path / "m.json"), "/proc/self/status"])
+    with pytest.raises(UnsupportedError, match="share nothing but the root"):
+        sw.open(path)
