@@ -218,6 +218,7 @@ def _program(program: Program) -> dict[str, Any]:
         ],
         "cut": list(program.cut),
         "whole": program.whole,
+        **({"blank": list(program.blank)} if program.blank else {}),
     }
 
 
