@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def _cut_tensor(source: Source, tensor: StoredTensor, put, dice: random.Random, 
     data = source.store.read(tensor.file, tensor.offset, stored_bytes(tensor))
     elements = len(data) // itemsize
     edges = sorted({0, elements, *(dice.randrange(elements + 1) for _ in range(dice.choice((0, 0, 1, 2, 7))))})
-    runs = [(*put(data[a * itemsize : b * itemsize]), b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    runs = [(*put(data[a * itemsize : b * itemsize]), b - a) for a, b in pairwise(edges)]
     fragments = tuple(Fragment(*run) for run in runs)
     sizes = [dice.randrange(1, 5) for _ in range(dice.choice((0, 0, 1, 2)))]
     blanks = tuple(Fragment(*put(blank * itemsize * size), size) for size in sizes)
