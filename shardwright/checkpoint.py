@@ -8,7 +8,7 @@ same for everything that one rank of any target would hold.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
@@ -305,35 +305,28 @@ class Tensor:
             keys[at : at + 1] = [slice(None)] * (len(self.shape) - len(keys) + 1)
         if len(keys) > len(self.shape):
             raise IndexError(f"too many indices for shape {self.shape}")
-        lazy, axis = self._view.tensor, 0
-        for index in keys:
-            extent = lazy.shape[axis]
-            if isinstance(index, slice):
-                lazy, axis = lazy.slice(axis, *index.indices(extent)), axis + 1
-            else:
-                at = range(extent)[index]
-                lazy = lazy.slice(axis, at, at + 1).reshape(*lazy.shape[:axis], *lazy.shape[axis + 1 :])
-        return self._with(lazy)
+        return self._with(lambda lazy: _cut(lazy, keys))
 
     def reshape(self, *shape: int) -> Tensor:
         """The same elements under another shape."""
-        return self._with(self._view.tensor.reshape(*shape))
+        return self._with(lambda lazy: lazy.reshape(*shape))
 
     def permute(self, *axes: int) -> Tensor:
         """Axes in another order."""
-        return self._with(self._view.tensor.permute(*axes))
+        return self._with(lambda lazy: lazy.permute(*axes))
 
-    def _with(self, lazy: LazyTensor) -> Tensor:
-        return Tensor(self._checkpoint, View(self._view.name, self._view.dtype, lazy, self._view.operands))
+    def _with(self, change: Callable[[LazyTensor], LazyTensor]) -> Tensor:
+        return Tensor(self._checkpoint, self._view.mapped(change))
 
     def _bytes(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        from .executors.execute import read_box
+        from .executors.execute import read_mean
 
         if self._checkpoint.source.on_paper:
             raise no_values(self._checkpoint.path)
         paths = list(self._checkpoint.source.files)
         operands = [(paths[file], offset) for file, offset in self._view.operands]
-        return read_box(self._view.tensor.pieces, self.shape, self.dtype, operands=operands, root=self._checkpoint.path)
+        copies = [lazy.pieces for lazy in (self._view.tensor, *self._view.copies)]
+        return read_mean(copies, self.shape, self.dtype, operands=operands, root=self._checkpoint.path)
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """Read into a numpy array (bfloat16 and float8 by ml_dtypes)."""
@@ -349,6 +342,19 @@ class Tensor:
         if not data.size:
             return torch.empty(self.shape, dtype=_torch_dtype(self.dtype))
         return torch.from_numpy(data).view(_torch_dtype(self.dtype)).reshape(self.shape)
+
+
+def _cut(lazy: LazyTensor, keys: Sequence[Any]) -> LazyTensor:
+    """The part of a tensor that integers and slices name, one for each of the first axes."""
+    axis = 0
+    for index in keys:
+        extent = lazy.shape[axis]
+        if isinstance(index, slice):
+            lazy, axis = lazy.slice(axis, *index.indices(extent)), axis + 1
+        else:
+            at = range(extent)[index]
+            lazy = lazy.slice(axis, at, at + 1).reshape(*lazy.shape[:axis], *lazy.shape[axis + 1 :])
+    return lazy
 
 
 def _torch_dtype(name: str) -> torch.dtype:

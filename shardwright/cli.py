@@ -264,6 +264,9 @@ def _verified(job: Conversion, options: dict[str, Any]) -> Verification:
 def _finish(job: Conversion, summary: dict[str, Any], outcome: Outcome | None, verified: Verification | None, as_json: bool) -> None:
     seconds = outcome.seconds if outcome else 0.0
     notes = [f"padding of {name}: {held}" for name, held in outcome.padding.items()] if outcome else []
+    if outcome and outcome.averaged:
+        held, elements = outcome.averaged, sum(outcome.averaged.values())
+        notes.append(f"copies differed in {elements} elements of {len(held)} tensors ({next(iter(held))}, …); their means were taken")
     summary["warnings"] += [*notes, *(outcome.notes if outcome else ())]
     result = {
         **summary,

@@ -3,7 +3,8 @@
 1. The lane's slab is cut into the buffers that the memory model counted: pivot strip, staging, compare strip, one strip
    per output, scratch.
 2. Source pieces inside the box are read into the pivot strip. Each replica is read into the compare strip (which starts
-   as a copy where the replica covers the box only in part) and must be equal, byte for byte.
+   as a copy where the replica covers the box only in part) and must be equal, byte for byte; or it is averaged with the
+   pivot (`averaging`), and how many elements differed goes into the receipt.
 3. The value op's kernel fills the output strips; without one the pivot strip is the output.
 4. Each output's pieces inside the box are written to their targets.
 5. With the last box of a pivot its `zeros` are written, and its `padding` is read and classified: zeros, copies of the
@@ -28,6 +29,7 @@ from ..planner.passes.memory import Slab, itemsize, slab, strips
 from ..planner.plan import Program
 from ..planner.tensor.pieces import FILL, align
 from .arena import Buffer
+from .averaging import Mean
 from .compare import first_difference
 from .extents import Extent, Sink, Witness
 from .layouts import Layouts, Reads, Shape, Strip, Writes, extents_of, output_box
@@ -70,6 +72,8 @@ class Receipt:
     ----------
     padding
         By pivot tensor: what its padding held.
+    averaged
+        By pivot tensor whose copies were averaged: how many elements differed, where any did.
     extents
         A tile's: what it wrote, with checksums.
     sources
@@ -81,12 +85,19 @@ class Receipt:
     padding: dict[str, Padding] = field(default_factory=dict)
     extents: list[Extent] = field(default_factory=list)
     sources: frozenset[int] = frozenset()
+    averaged: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Receipt) -> None:
-        """Count another receipt's bytes and padding in."""
+        """Count another receipt's bytes, padding and averages in."""
         self.bytes_read += other.bytes_read
         self.bytes_written += other.bytes_written
+        self.found(other)
+
+    def found(self, other: Receipt) -> None:
+        """Count in what another receipt says of padding and averages, as its bytes are not this run's."""
         self.padding.update(other.padding)
+        for name, count in other.averaged.items():
+            self.averaged[name] = self.averaged.get(name, 0) + count
 
 
 class _Buffers(NamedTuple):
@@ -95,6 +106,7 @@ class _Buffers(NamedTuple):
     compare: memoryview
     outputs: tuple[memoryview, ...]
     scratch: memoryview
+    mean: memoryview
 
 
 class Runner:
@@ -164,13 +176,18 @@ class Runner:
         steps: Strip = self.layouts.strip(job.program, lo, hi)
         receipt.bytes_read += self._gather(job, steps.gather, buffers.pivot, buffers.staging)
         nbytes = prod(b - a for a, b in zip(lo, hi, strict=True)) * itemsize(program.dtype)
+        mean = Mean(program.dtype, buffers.pivot[:nbytes], buffers.mean) if program.average else None
         for index, reads in enumerate(steps.replicas):
             if reads:
                 if steps.partial[index]:
                     buffers.compare[:nbytes] = buffers.pivot[:nbytes]
                 receipt.bytes_read += self._gather(job, reads, buffers.compare, buffers.staging)
-                if (at := first_difference(buffers.pivot[:nbytes], buffers.compare[:nbytes])) is not None:
+                if mean is not None:
+                    mean.add(buffers.compare[:nbytes])
+                elif (at := first_difference(buffers.pivot[:nbytes], buffers.compare[:nbytes])) is not None:
                     raise self._mismatch(job, program, index, lo, hi, at)
+        if mean is not None and (count := mean.finish()):
+            receipt.averaged[job.name] = receipt.averaged.get(job.name, 0) + count
         sides: Sequence[memoryview] = [buffers.pivot] * len(steps.scatter)
         if program.op is not None:
             _compute(program, lo, hi, buffers)
@@ -273,10 +290,10 @@ def _no_file(offset: int, buffers: Sequence[memoryview]) -> None:
 
 def _carve(memory: memoryview, sizes: Slab) -> _Buffers:
     at, parts = 0, []
-    for nbytes in (sizes.pivot, sizes.staging, sizes.compare, *sizes.outputs, sizes.scratch):
+    for nbytes in (sizes.pivot, sizes.staging, sizes.compare, *sizes.outputs, sizes.scratch, sizes.mean):
         parts.append(memory[at : at + nbytes])
         at += nbytes
-    return _Buffers(parts[0], parts[1], parts[2], tuple(parts[3:-1]), parts[-1])
+    return _Buffers(parts[0], parts[1], parts[2], tuple(parts[3:-2]), parts[-2], parts[-1])
 
 
 def _compute(program: Program, lo: Shape, hi: Shape, buffers: _Buffers) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from itertools import accumulate
 from math import isfinite
 from typing import Any, NoReturn
@@ -32,13 +32,14 @@ def fail(where: str, what: str, expected: object = None, actual: object = None) 
     raise PlanError(f"the saved plan's {where} {what}", expected=expected, actual=actual, remedy="Plan again")
 
 
-def record(value: object, where: str, keys: Iterable[str], optional: Collection[str] = ()) -> dict[str, Any]:
-    """An object with exactly these keys, and any of the optional ones."""
+def record(value: object, where: str, keys: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
+    """An object with exactly these keys, and perhaps some of the optional ones."""
     if type(value) is not dict:
         fail(where, "is not an object", actual=type(value).__name__)
     wanted = set(keys)
+    known = wanted.union(optional)
     for key in value:
-        if key not in wanted and key not in optional:
+        if key not in known:
             fail(where, f"has an unknown key {str(key)[:80]!r}")
     for key in wanted:
         if key not in value:

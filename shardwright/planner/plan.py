@@ -115,6 +115,8 @@ class Program:
         ``dst`` is the pivot, ``src`` the source operand `slot`. Covers the pivot once.
     replicas
         Further copies of (parts of) the pivot that must equal it; each is compared while its tile is in memory.
+    average
+        The replicas, each of the whole pivot, may differ from it: the mean of all copies takes its place.
     padding
         Source elements that are not part of the model (vocabulary rows, ends of flat partitions): ``src`` is the source
         operand, ``dst`` strides are 0. They are read and classified (zeros, copies of the last row, other values), not copied.
@@ -140,6 +142,7 @@ class Program:
     outputs: tuple[Output, ...]
     cut: tuple[int, ...]
     whole: bool
+    average: bool = False
     blank: tuple[int, ...] = ()
 
     @property

@@ -25,10 +25,11 @@ from ..plan import Bindings, Ints, Output, Program, ValueOp
 from ..tensor.dtypes import dtype as dtype_of
 from ..tensor.lazy import LazyTensor, invert, leaf
 from ..tensor.pieces import FILL, Piece, align, coalesce, normalise
+from .memory import averageable
 from .rows import RowClass, apply_split
 from .sides import Bound, Form, SourceSide, TargetSide
 
-__all__ = ["INTERLEAVE", "Lowered", "gather_row", "lower"]
+__all__ = ["INTERLEAVE", "Lowered", "averaged", "gather_row", "lower"]
 
 INTERLEAVE = 64 * 1024
 """Runs of a fused tensor below this many bytes are moved together with their neighbours."""
@@ -158,6 +159,8 @@ class _Lowering:
         found = gather_row(bound, bound.row.shards, slot, shape, 0)
         replicas, base = found.replicas, _operands(bound)
         padding, blanks = (found.padding, found.blanks) if slot == 0 else ([], [])
+        if averaged(bound) and aliases:
+            raise UnsupportedError("a tensor whose copies are averaged is tied to another", tensor=bound.row.hub[slot])
         for alias in aliases:
             copy = self.source.bounds[alias]
             more = gather_row(copy, copy.row.shards, 0, shape, base)
@@ -166,7 +169,8 @@ class _Lowering:
             blanks += more.blanks
             base += _operands(copy)
         shards = [(b, [(j, o.shards, 0 if len(b.outputs) > 1 else s) for j, o in enumerate(b.outputs)]) for b, s in self._bounds_of(uses)]
-        return self._draft(bound.row.hub[slot], bound.dtype, shape, found.tensor, replicas, padding, blanks, shards)
+        mean = averaged(bound)
+        return self._draft(bound.row.hub[slot], bound.dtype, shape, found.tensor, replicas, padding, blanks, shards, mean)
 
     def _bounds_of(self, uses: Sequence[tuple[int, int]]) -> list[tuple[Bound, int]]:
         return [(self.target.bounds[b], s) for b, s in uses]
@@ -183,6 +187,8 @@ class _Lowering:
             parts = []
             for position, b, slot in members:
                 holder = self.source.bounds[b]
+                if averaged(holder):
+                    raise UnsupportedError("the target joins a tensor whose copies are averaged with others", tensor=bound.row.label)
                 parts.append(gather_row(holder, holder.row.shards, slot, holder.row.shapes[slot], bases[position]))
             whole = bound.row.build([p.tensor for p in parts])
             blanks = [blank for p, (_, _, slot) in zip(parts, members, strict=True) if slot == 0 for blank in p.blanks]
@@ -241,6 +247,7 @@ class _Lowering:
         padding: Sequence[Piece],
         blanks: Sequence[Piece],
         uses: Sequence[tuple[Bound, list[tuple[int, tuple[LazyTensor, ...], int]]]],
+        average: bool = False,
     ) -> _Draft:
         """A program; `uses` are target bounds with ``(output, shards, slot of the pivot in them)``."""
         first = uses[0][0]
@@ -270,9 +277,10 @@ class _Lowering:
                 first.op.name, first.op.kernel, first.op.block if len(first.op.block) == len(shape) else (1,) * len(shape), first.op.scratch
             )
         )
-        copies = tuple(() if self.trust else replicas)
-        zeros_in = tuple([piece.slot for piece in blanks])
-        program = Program(label, dtype, shape, gathered.pieces, copies, (*padding, *blanks), op, tuple(outputs), (), False, zeros_in)
+        copies = () if self.trust else tuple(replicas)
+        average = average and bool(copies)
+        blank = tuple([piece.slot for piece in blanks])
+        program = Program(label, dtype, shape, gathered.pieces, copies, (*padding, *blanks), op, tuple(outputs), (), False, average, blank)
         return _Draft(program, max(b.grain for b, _ in uses))
 
     def _append(self, draft: _Draft, name: str, sources: Sequence[tuple[int, int]], uses: Sequence[tuple[int, int]]) -> None:
@@ -288,6 +296,11 @@ def _columns(bounds: Sequence[Bound], numbers: Sequence[int], rows: Sequence[int
     files = [bounds[number].files[at] for number, at in zip(numbers, picked, strict=True)]
     offsets = [bounds[number].offsets[at] for number, at in zip(numbers, picked, strict=True)]
     return np.concatenate(files, axis=1), np.concatenate(offsets, axis=1)
+
+
+def averaged(bound: Bound) -> bool:
+    """Whether the copies of a source row are averaged: the table says so, and their dtype has a mean."""
+    return bound.row.average and averageable(bound.dtype)
 
 
 def gather_row(bound: Bound, shards: Sequence[LazyTensor], slot: int, shape: Shape, base: int) -> _Gathered:

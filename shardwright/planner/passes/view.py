@@ -7,13 +7,13 @@ Boundary: pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from ...errors import UnsupportedError
 from ..layout import Layout
 from ..tensor.lazy import LazyTensor
-from .lower import gather_row
+from .lower import averaged, gather_row
 from .rows import Expansion, apply_split
 from .sides import SourceSide
 
@@ -22,18 +22,24 @@ __all__ = ["View", "hub_view", "rank_views"]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A lazy tensor over operands, and where those lie: (file number, byte offset) each."""
+    """A lazy tensor over operands, and where those lie: (file number, byte offset) each. Where copies are averaged, `copies` are
+    the others of the tensor, over the same operands, and its value is the mean of all."""
 
     name: str
     dtype: str
     tensor: LazyTensor
     operands: tuple[tuple[int, int], ...]
+    copies: tuple[LazyTensor, ...] = ()
+
+    def mapped(self, change: Callable[[LazyTensor], LazyTensor]) -> View:
+        """The view of what `change` makes of the tensor."""
+        return replace(self, tensor=change(self.tensor), copies=tuple([change(copy) for copy in self.copies]))
 
 
 def hub_view(side: SourceSide, name: str) -> View:
     """A hub tensor."""
-    tensors, operands = _parts(side, [name])
-    return View(name, side.dtype(name), tensors[0], operands)
+    tensors, operands, copies = _parts(side, [name])
+    return View(name, side.dtype(name), tensors[0], operands, tuple([copy[0] for copy in copies]))
 
 
 def rank_views(side: SourceSide, expansion: Expansion, layout: Layout, rank: int, prefixed: bool) -> Iterator[View]:
@@ -49,21 +55,28 @@ def rank_views(side: SourceSide, expansion: Expansion, layout: Layout, rank: int
         dtypes = {side.dtype(name) for name in instance.hub}
         if len(dtypes) > 1:
             raise UnsupportedError("tensors that the target joins have different dtypes", tensor=instance.name, actual=sorted(dtypes))
-        tensors, operands = _parts(side, instance.hub)
-        shard = apply_split(row.build(tensors), row.split)[row.split.shard_of(at["tp"])]
-        yield View(f"model{instance.chunk}.{instance.name}" if prefixed else instance.name, dtypes.pop(), shard, operands)
+        tensors, operands, copies = _parts(side, instance.hub)
+        first, *others = [apply_split(row.build(parts), row.split)[row.split.shard_of(at["tp"])] for parts in (tensors, *copies)]
+        name = f"model{instance.chunk}.{instance.name}" if prefixed else instance.name
+        yield View(name, dtypes.pop(), first, operands, tuple(others))
 
 
-def _parts(side: SourceSide, names: Sequence[str]) -> tuple[list[LazyTensor], tuple[tuple[int, int], ...]]:
-    """Hub tensors over one list of operands."""
+def _parts(side: SourceSide, names: Sequence[str]) -> tuple[list[LazyTensor], tuple[tuple[int, int], ...], list[list[LazyTensor]]]:
+    """Hub tensors over one list of operands, and their further copies where those are averaged."""
     base: dict[tuple[int, int], int] = {}
     operands: list[tuple[int, int]] = []
-    tensors = []
+    tensors: list[LazyTensor] = []
+    copies: list[list[LazyTensor]] = []
     for name in names:
         number, row, slot = side.holders[name]
         bound = side.bounds[number]
         if (number, row) not in base:
             base[number, row] = len(operands)
             operands += zip(bound.files[row].tolist(), bound.offsets[row].tolist(), strict=True)
-        tensors.append(gather_row(bound, bound.row.shards, slot, bound.row.shapes[slot], base[number, row]).tensor)
-    return tensors, tuple(operands)
+        found = gather_row(bound, bound.row.shards, slot, bound.row.shapes[slot], base[number, row])
+        tensors.append(found.tensor)
+        if averaged(bound):
+            if len(names) > 1:
+                raise UnsupportedError("the target joins a tensor whose copies are averaged with others", tensor=name)
+            copies = [[LazyTensor(found.tensor.shape, pieces)] for pieces in found.replicas]
+    return tensors, tuple(operands), copies
