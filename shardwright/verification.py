@@ -99,8 +99,16 @@ def verify(
     if on_paper := next((c for c in (target, origin) if c.source.on_paper), None):
         raise no_values(on_paper.path)
     asked = target.source
-    drop = _dropped(identity)
-    request = Request(asked.format, asked.layout, dialect=asked.dialect.name, container=asked.container, spec=asked.spec, drop=drop)
+    optimizer = "keep" if asked.planes and origin.source.planes else "drop"
+    request = Request(
+        asked.format,
+        asked.layout,
+        dialect=asked.dialect.name,
+        container=asked.container,
+        spec=asked.spec,
+        drop=_dropped(identity),
+        optimizer=optimizer,
+    )
     located = locate(origin.source, request, asked)
     if located.missing or located.extra or located.different:
         return Verification("names", count, 0, located.different, located.missing, located.extra)

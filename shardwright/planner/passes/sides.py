@@ -32,6 +32,7 @@ from ..tensor.lazy import LazyTensor, leaf
 from .rows import Expansion, RowClass, RowInstance, apply_split
 
 __all__ = [
+    "WEIGHT",
     "Bound",
     "Form",
     "SourceSide",
@@ -115,9 +116,13 @@ class SourceSide:
         return self.bounds[self.holders[hub][0]].dtype
 
 
+WEIGHT = "weight"
+"""The plane of the weights."""
+
+
 class Wanted(NamedTuple):
     """A tensor that the target stores on several ranks of a stage: its bound row and output, the ranks, tp fastest (of one
-    expert-parallel rank for experts, else of all), and the chunk, key, dtype and shape, which are the same on all of them."""
+    expert-parallel rank for experts, else of all), and the chunk, key, dtype, shape and plane, which are the same on all."""
 
     bound: int
     row: int
@@ -127,6 +132,7 @@ class Wanted(NamedTuple):
     name: str
     dtype: str
     shape: Shape
+    plane: str = WEIGHT
 
 
 @dataclass(slots=True)
@@ -137,6 +143,10 @@ class TargetSide:
     instances: list[tuple[int, int]] = field(default_factory=list)
     wanted: list[Wanted] = field(default_factory=list)
     positions: Ints = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
+
+    def renumber(self) -> None:
+        """Take `positions` from `wanted`."""
+        self.positions = np.array([w[:3] for w in self.wanted], dtype=np.int64).reshape(-1, 3)
 
 
 def resolve(
@@ -166,6 +176,9 @@ def resolve(
             continue
         else:
             stored, forms = looked, tuple([s.form for s in looked])
+        if row.alias and _same_place(row, stored, holders.get(hub[0]), bounds, places):
+            stage.taken.add(name)
+            continue
         key = (index, stored[0].dtype, forms)
         number = seen.get(key, -1)
         if number < 0:
@@ -193,6 +206,25 @@ def resolve(
             taken[rank, chunk] = (*taken.get((rank, chunk), ()), stage.taken)
     _account(units, taken, expansion, ignore, side, dialect)
     return side
+
+
+def _same_place(
+    row: RowClass,
+    stored: Sequence[StoredTensor],
+    holder: tuple[int, int, int] | None,
+    bounds: Sequence[Bound],
+    places: Sequence[Sequence[StoredTensor]],
+) -> bool:
+    """Whether a tied tensor is no copy but the very bytes of the one that it is tied to."""
+    if holder is None:
+        return False
+    number, at, _ = holder
+    bound, width = bounds[number], len(places[number]) // len(bounds[number].hub)
+    forms = tuple([tensor.form for tensor in stored])
+    if bound.row.shards != row.shards or bound.forms != (forms if any(forms) else ()):
+        return False
+    held, mine = places[number][at * width : (at + 1) * width], [part for tensor in stored for part in _in_pieces(tensor)]
+    return [(part.file, part.offset) for part in held] == [(part.file, part.offset) for part in mine]
 
 
 def _in_pieces(tensor: StoredTensor) -> list[StoredTensor]:
@@ -381,7 +413,7 @@ def targets(
     for bound in side.bounds:
         bound.files = np.zeros((len(bound.hub), bound.row.split.width * len(bound.outputs)), dtype=np.int64)
         bound.offsets = np.zeros_like(bound.files)
-    side.positions = np.array([w[:3] for w in side.wanted], dtype=np.int64).reshape(-1, 3)
+    side.renumber()
     return side
 
 
