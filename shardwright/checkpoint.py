@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
@@ -20,8 +21,9 @@ from .planner.config import ModelConfig
 from .planner.containers.base import StoredTensor
 from .planner.formats import FORMATS, open_source
 from .planner.formats.base import Hints, Source
-from .planner.identity import FILE_NAME, read_object
+from .planner.identity import FILE_NAME, read_json, read_object
 from .planner.layout import Layout
+from .planner.manifest import CONFIG_NAME, Manifest, is_manifest, read_manifest, resolve
 from .planner.paper import open_config
 from .planner.passes.build import read_side
 from .planner.passes.request import castable, padded_vocab
@@ -57,8 +59,8 @@ def open(
     Parameters
     ----------
     path
-        A directory, a single weight file, an index, or a target's ``shardwright.json``; or a config.json alone, for a
-        checkpoint on paper: it can be planned from and looked at, and has no values.
+        A directory, a single weight file, an index, a manifest of DeepSpeed, or a target's ``shardwright.json``; or a
+        config.json alone, for a checkpoint on paper: it can be planned from and looked at, and has no values.
     family
         A family's name or a family table's path, where the checkpoint does not say or says otherwise.
     config
@@ -72,12 +74,17 @@ def open(
         It is no checkpoint, or not a whole one; names the file, the tensor, expected and actual.
     """
     _refuse_unfinished(Path(path))
+    hints = Hints(find_family(family), _config(config), vocab_size)
+    if (listed := _manifest(Path(path))) is not None:
+        root, manifest, notes = listed
+        source = open_source(LocalStore(root), replace(hints, manifest=manifest))
+        return Checkpoint(replace(source, warnings=(*notes, *source.warnings)))
     if _is_config(Path(path)):
         if config is not None or vocab_size is not None:
             raise UsageError("a config alone says what --config and --vocab-size would", file=path, remedy="Leave them out")
         return Checkpoint(open_config(LocalStore(path), Path(path).name, find_family(family)))
     place = Path(path).parent if Path(path).name == FILE_NAME else path
-    return Checkpoint(open_source(LocalStore(place), Hints(find_family(family), _config(config), vocab_size)))
+    return Checkpoint(open_source(LocalStore(place), hints))
 
 
 def _refuse_unfinished(path: Path) -> None:
@@ -94,6 +101,27 @@ def _refuse_unfinished(path: Path) -> None:
 def _is_config(path: Path) -> bool:
     """A JSON file that is neither an index nor a target's identity."""
     return path.suffix == ".json" and path.name != FILE_NAME and not path.name.endswith(".index.json") and path.is_file()
+
+
+def _manifest(path: Path) -> tuple[Path, Manifest, tuple[str, ...]] | None:
+    """A file that is a manifest of DeepSpeed: the folder that holds all it names, the manifest with names that count from there,
+    and notes. The files may lie anywhere on this machine."""
+    if not _is_config(path):
+        return None
+    store = LocalStore(path)
+    if path.name != CONFIG_NAME and not is_manifest(read_json(store, path.name)):
+        return None
+    manifest = read_manifest(store, path.name)
+    folder = path.absolute().parent
+    # DeepSpeed opens relative names of a Megatron manifest from where it was started.
+    names = (*manifest.files, *(manifest.whole or ()))
+    found, notes = resolve(manifest, names, lambda name: Path(name).is_file(), f"{folder}/", (f"{Path.cwd()}/",))
+    files = [Path(os.path.normpath(name)) for name in found]
+    root = folder if all(file.is_relative_to(folder) for file in files) else Path(os.path.commonpath([f.parent for f in files]))
+    relative = tuple(file.relative_to(root).as_posix() for file in files)
+    cut = len(manifest.files)
+    whole = None if manifest.whole is None else relative[cut:]
+    return root, replace(manifest, files=relative[:cut], whole=whole, base_dir=None), notes
 
 
 def no_values(path: PathLike) -> UnsupportedError:

@@ -254,8 +254,8 @@ def _read_program(value: object, where: str) -> Program:
         tuple(_read_output(o, f"{where}.outputs[{i}]") for i, o in enumerate(items(found["outputs"], f"{where}.outputs", most=16))),
         tuple(column(items(found["cut"], f"{where}.cut", most=2), f"{where}.cut", high=MAX_AXES)),
         flag(found["whole"], f"{where}.whole"),
-        flag(found.get("average", False), f"{where}.average"),
-        tuple(column(items(found.get("blank", []), f"{where}.blank"), f"{where}.blank")),
+        average=flag(found.get("average", False), f"{where}.average"),
+        blank=tuple(column(items(found.get("blank", []), f"{where}.blank"), f"{where}.blank")),
     )
 
 

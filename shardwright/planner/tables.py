@@ -446,7 +446,8 @@ def _names_of(name: Any, specs: Sequence[str], where: str) -> dict[str, str]:
         if not found or any(spec in names for spec in found):
             what = "names a spec twice" if found else "needs a name, or one per spec"
             raise TableError(f"a row {what}", file=where, expected=list(specs), actual=short(pattern))
-        names.update({spec: text for spec in found})
+        for spec in found:
+            names[spec] = text
     return {spec: names[spec] for spec in specs if spec in names}
 
 

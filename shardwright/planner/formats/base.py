@@ -18,6 +18,7 @@ from ...errors import CheckpointError
 from ..config import ModelConfig
 from ..containers.base import TensorSpec
 from ..layout import Layout
+from ..manifest import Manifest
 from ..passes.rows import RowClass, hub_tensors
 from ..passes.sides import Units, Wanted
 from ..plan import Dropped
@@ -36,11 +37,13 @@ COMPANIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What the user adds where a checkpoint does not say: a family, a config.json's content, the true vocabulary size."""
+    """What the user adds where a checkpoint does not say: a family, a config.json's content, the true vocabulary size; and the
+    manifest that SRC is, with names that count from the store's root."""
 
     family: Family | None = None
     config: Mapping[str, Any] | None = None
     vocab_size: int | None = None
+    manifest: Manifest | None = None
 
 
 @dataclass(frozen=True)

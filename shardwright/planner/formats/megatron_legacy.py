@@ -24,6 +24,7 @@ from ..containers.base import StoredTensor, TensorSpec
 from ..containers.torch_zip import Namespace, TensorRef, TorchDtype
 from ..identity import read_identity
 from ..layout import MOST_LAYERS, Layout
+from ..manifest import names_shards
 from ..megatron_args import check_norms, from_megatron, to_megatron
 from ..passes.sides import check_units
 from ..plan import Dropped
@@ -48,7 +49,8 @@ class MegatronLegacy:
     ranked = True
 
     def detect(self, store: Store) -> bool:
-        return any(_RANK.match(path) for path in store.list())
+        # A manifest of DeepSpeed's says what the files are, and in which order their QKV rows lie.
+        return any(_RANK.match(path) for path in store.list()) and not names_shards(store)
 
     def open(self, store: Store, hints: Hints) -> Source:
         paths = _files(store)

@@ -220,7 +220,7 @@ class _Side:
         if sum(map(count, found.tensor.pieces)) != prod(shape):
             raise PlanError("the stored tensors do not cover a tensor", tensor=name, expected=prod(shape), file=self.source.store.root)
         label = bound.row.hub[slot]
-        return Program(label, bound.dtype, shape, found.tensor.pieces, tuple(copies), (), None, (), (), False, mean), width
+        return Program(label, bound.dtype, shape, found.tensor.pieces, tuple(copies), (), None, (), (), False, average=mean), width
 
 
 def _scale_class(row: RowClass, output: SchemeOutput, suffix: str) -> RowClass:

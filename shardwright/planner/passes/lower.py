@@ -280,7 +280,8 @@ class _Lowering:
         copies = () if self.trust else tuple(replicas)
         average = average and bool(copies)
         blank = tuple([piece.slot for piece in blanks])
-        program = Program(label, dtype, shape, gathered.pieces, copies, (*padding, *blanks), op, tuple(outputs), (), False, average, blank)
+        left = (*padding, *blanks)
+        program = Program(label, dtype, shape, gathered.pieces, copies, left, op, tuple(outputs), (), False, average=average, blank=blank)
         return _Draft(program, max(b.grain for b, _ in uses))
 
     def _append(self, draft: _Draft, name: str, sources: Sequence[tuple[int, int]], uses: Sequence[tuple[int, int]]) -> None:
