@@ -8,6 +8,7 @@ from ..registry import Registry
 from ..store import Store
 from .base import Format, Hints, Source
 from .deepspeed_mp import DeepSpeedMp
+from .deepspeed_zero import DeepSpeedZero
 from .huggingface import HuggingFace
 from .megatron_deepspeed import MegatronDeepSpeed
 from .megatron_legacy import MegatronLegacy
@@ -21,6 +22,7 @@ FORMATS.add("ranks", Ranks())
 FORMATS.add("megatron-legacy", MegatronLegacy())
 FORMATS.add("deepspeed-mp", DeepSpeedMp())
 FORMATS.add("megatron-deepspeed", MegatronDeepSpeed())
+FORMATS.add("deepspeed-zero", DeepSpeedZero())
 
 
 def open_source(store: Store, hints: Hints) -> Source:

@@ -58,15 +58,18 @@ class Training:
         The optimizer's hyper-parameters, the loss scaler's state and the like, as the format keeps them.
     steps
         By stored name, how many updates the parameter has had: a number, or a `TensorValue`.
+    names
+        By stored name, what the run itself calls the parameter.
     files
         (path in the store, plain name) of the files that hold counters, schedules and random states.
     state
-        Those of their entries that are plain values.
+        Those of the first one's entries that are plain values.
     """
 
     tag: str
     optimizer: Mapping[str, Any]
     steps: Mapping[str, Any]
+    names: Mapping[str, str]
     files: tuple[tuple[str, str], ...]
     state: Mapping[str, Any]
 
