@@ -65,7 +65,7 @@ class DeepSpeedZero:
         units, planes, dropped = _put_together(run, names)
         layout = Layout(tp=run.tp)
         everything = {name for unit in units.values() for name in unit}
-        dialect = DIALECTS.get("megatron-deepspeed") if names.pipeline else dialect_of(everything, list(files.models.values()))
+        dialect = DIALECTS.get("megatron-deepspeed") if names.pipeline else dialect_of(everything, list(run.paths.values()))
         first = run.models[0]
         family, config, raw, config_path, notes = config_of(store, hints, identity, folder, first.objects, first.path, self.name)
         version = first.objects.get("checkpoint_version", 3.0)
@@ -122,7 +122,15 @@ class _Run:
 
     def __init__(self, store: Store, files: Files) -> None:
         self.store, self.files = store, files
-        self.models = [ModelStates(store, path) for path in files.models.values()]
+        if files.models and files.partitions:
+            raise CheckpointError(
+                "model states of ZeRO-3 and of another stage lie in one folder",
+                file=next(iter(files.partitions.values())),
+                actual=f"also {next(iter(files.models.values()))}",
+                remedy="Remove those of the other run",
+            )
+        self.paths = files.models or files.partitions
+        self.models = [ModelStates(store, path) for path in self.paths.values()]
         if not self.models:
             raise CheckpointError(
                 "optimizer states lie here without their model states",
@@ -135,17 +143,17 @@ class _Run:
             refuse_experts(states)
         self.tp, self.pp = self._degrees()
         ranks = range(self.tp * self.pp)
-        missing_rank(store, files.folder, "model-parallel", ranks, {mp for mp, _ in files.models})
+        missing_rank(store, files.folder, "model-parallel", ranks, {mp for mp, _ in self.paths})
         missing_rank(store, files.folder, "model-parallel", ranks, {mp for mp, _ in files.optimizers})
         self.layers = {at: read_unit(store, "torch", path) for at, path in files.layers.items()}
         self.digests |= {files.layers[at]: index.header_digest for at, index in self.layers.items()}
-        self.shared_state: dict[str, Any] = {}
+        self.common: dict[str, Any] = {}
         self.ranks = [self._rank(mp) for mp in ranks]
 
     def _degrees(self) -> tuple[int, int]:
         """Tensor-parallel and pipeline sizes: as stated, else told from the files."""
         first = self.models[0]
-        count = max(mp for mp, _ in self.files.models) + 1
+        count = max(mp for mp, _ in self.paths) + 1
         if (told := first.degrees) is not None:
             if told[0] * told[1] != count:
                 raise CheckpointError(
@@ -179,16 +187,16 @@ class _Run:
                     actual=f"stage {other.stage}, partitions {other.counts}",
                     remedy="Remove the files of the other run",
                 )
-        if first.sliced != self.files.partitioned:
+        if first.sliced != bool(self.files.partitions):
             raise CheckpointError(
                 "model states and optimizer states are of different ZeRO stages",
                 file=first.path,
-                expected="stage 3" if self.files.partitioned else "stage 1 or 2",
+                expected="stage 3" if self.files.partitions else "stage 1 or 2",
                 actual=f"stage {first.stage}",
                 remedy="Remove the files of the other run",
             )
         if mp == 0:
-            self.shared_state = first.shared_state()
+            self.common = first.common
         return self._sliced(mp, states) if first.sliced else self._joined(mp, states)
 
     def _joined(self, mp: int, states: list[OptimizerStates]) -> _Rank:
@@ -266,9 +274,9 @@ class _Run:
 
     def _model(self, mp: int, dp: int) -> ModelStates:
         """The model states of a rank."""
-        path = self.files.models.get((mp, dp))
+        path = self.paths.get((mp, dp))
         if path is None:
-            missing_rank(self.store, self.files.folder, "data-parallel", {dp}, {d for m, d in self.files.models if m == mp})
+            missing_rank(self.store, self.files.folder, "data-parallel", {dp}, {d for m, d in self.paths if m == mp})
         return next(states for states in self.models if states.path == path)
 
     def _shapes_of_layers(self, mp: int, states: list[OptimizerStates]) -> list[dict[str, tuple[int, ...]]]:
@@ -371,5 +379,5 @@ def _training(run: _Run, names: Names) -> Training:
     steps = {names.plain(name): step for rank in run.ranks for name, step in rank.steps.items()}
     called = {names.plain(name): name for rank in reversed(run.ranks) for name in rank.masters}
     states = {key: value for key, value in run.models[0].objects.items() if key != "module" and plain(value)}
-    paths = tuple((path, path.rpartition("/")[2]) for path in run.files.models.values())
-    return Training(tag, run.shared_state, steps, called, paths, states)
+    paths = tuple((path, path.rpartition("/")[2]) for path in run.paths.values())
+    return Training(tag, run.common, steps, called, paths, states)

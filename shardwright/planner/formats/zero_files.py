@@ -40,23 +40,23 @@ class Files:
     folder
         Where they lie: ``""`` or a path that ends in ``/``.
     models
-        Model states by (model-parallel rank, data-parallel rank); the latter is 0 where the names have none.
+        Model states by (model-parallel rank, data-parallel rank): ``mp_rank_…``, whose data-parallel rank is 0.
+    partitions
+        The same of ZeRO-3: ``zero_pp_rank_…_mp_rank_…``.
     optimizers
         Optimizer states by (model-parallel rank, data-parallel rank).
     layers
         A pipeline's layer files by (number, tensor-parallel rank).
     experts
         Files of expert weights and of their optimizers.
-    partitioned
-        Whether the names of the model states have a data-parallel rank: ZeRO-3.
     """
 
     folder: str
     models: dict[tuple[int, int], str] = field(default_factory=dict)
+    partitions: dict[tuple[int, int], str] = field(default_factory=dict)
     optimizers: dict[tuple[int, int], str] = field(default_factory=dict)
     layers: dict[tuple[int, int], str] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
-    partitioned: bool = False
 
     @classmethod
     def of(cls, store: Store, folder: str) -> Files:
@@ -68,25 +68,17 @@ class Files:
             Two files are of one rank.
         """
         found = cls(folder)
-        kinds: set[bool] = set()
         for name in _names(store, folder):
             if match := _MODEL.fullmatch(name):
-                kinds.add(match[1] is not None)
-                _once(found.models, (int(match[2]), int(match[1] or 0)), folder + name)
+                table = found.models if match[1] is None else found.partitions
+                _once(table, (int(match[2]), int(match[1] or 0)), folder + name)
             elif match := OPTIMIZER.fullmatch(name):
                 _once(found.optimizers, (int(match[2]), int(match[1])), folder + name)
             elif match := _LAYER.fullmatch(name):
                 _once(found.layers, (int(match[1]), int(match[2] or 0)), folder + name)
             elif _EXPERT.fullmatch(name):
                 found.experts.append(folder + name)
-        if len(kinds) > 1:
-            raise CheckpointError(
-                "model states of ZeRO-3 and of another stage lie in one folder",
-                file=folder or store.root,
-                remedy="Remove those of the other run",
-            )
-        found.partitioned = True in kinds
-        for table in (found.models, found.optimizers, found.layers):
+        for table in (found.models, found.partitions, found.optimizers, found.layers):
             ordered = sorted(table.items())
             table.clear()
             table.update(ordered)

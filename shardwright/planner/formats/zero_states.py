@@ -21,7 +21,7 @@ from ..passes.sides import stored_bytes
 from ..store import Store
 from .common import read_unit
 
-__all__ = ["ModelStates", "OptimizerStates", "plain", "refuse_experts"]
+__all__ = ["CommonStates", "ModelStates", "OptimizerStates", "plain", "refuse_experts"]
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
@@ -51,6 +51,28 @@ class _File:
         if not isinstance(value, TensorRef):
             raise self.wrong(key, "a tensor", value)
         return self.index.tensors[value.name]
+
+    def number(self, value: object, key: str) -> TensorValue:
+        """A tensor of a few bytes, with its value."""
+        tensor = self.tensor(value, key)
+        nbytes = stored_bytes(tensor)
+        if nbytes > _LARGEST_NUMBER or tensor.strides is not None:
+            raise self.wrong(key, "a number", f"{tensor.dtype} {tensor.shape}")
+        return TensorValue(tensor.dtype, tensor.shape, self.store.read(tensor.file, tensor.offset, nbytes))
+
+    def groups_of(self, value: object) -> list[dict[str, Any]]:
+        """Parameter groups: hyper-parameters by name."""
+        return [self.named(group, "param_groups") for group in self.listed(value, "param_groups")]
+
+    def common_of(self, states: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What of an optimizer's states is not cut over ranks: plain values, single numbers, and the loss scaler."""
+        keys = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "ds_version")
+        found = {key: states[key] for key in keys if key in states}
+        found.setdefault("ds_version", self.index.objects.get("ds_version"))
+        found["param_groups"] = [
+            {key: self.number(value, key) if isinstance(value, TensorRef) else value for key, value in group.items()} for group in groups
+        ]
+        return found
 
     def named(self, value: object, key: str) -> dict[str, Any]:
         if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
@@ -131,6 +153,39 @@ class ModelStates(_File):
         return {name: tuple(shape) for name, shape in found.items()}
 
 
+class CommonStates(_File):
+    """``optimizer_state.pt`` of a universal checkpoint: what of the optimizer's states is not cut over ranks."""
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Loss scaler, clipping, version, parameter groups."""
+        return self.common_of(self.index.objects, self.groups_of(self.index.objects.get("param_groups")))
+
+    @property
+    def step(self) -> int | float | TensorValue | None:
+        """The updates of all parameters, where they are one number: in what stage 3 leaves."""
+        inner = self.index.objects.get("optimizer_state_dict")
+        states = inner.get("state") if isinstance(inner, dict) else None
+        value = states[0].get("step") if isinstance(states, dict) and isinstance(states.get(0), dict) else None
+        return value if value is None or type(value) in (int, float) else self.number(value, "step")
+
+
+class Single(_File):
+    """A file that holds one tensor or number: bare, or as ``param``."""
+
+    @property
+    def tensor_of_all(self) -> StoredTensor:
+        """The tensor."""
+        held = self.index.objects
+        return self.tensor(held.get("") if "" in held else held.get("param"), "param")
+
+    @property
+    def value(self) -> int | float | TensorValue:
+        """The number."""
+        found = self.index.objects.get("")
+        return found if isinstance(found, int | float) else self.number(found, "step")
+
+
 class OptimizerStates(_File):
     """The optimizer's states on one data-parallel rank of one model-parallel rank."""
 
@@ -194,8 +249,12 @@ class OptimizerStates(_File):
         held = self._base()
         if isinstance(held, list):
             return []
-        groups = self.listed(self.named(held, "base_optimizer_state").get("param_groups"), "param_groups")
-        return [self.named(group, "param_groups") for group in groups]
+        return self.groups_of(self.named(held, "base_optimizer_state").get("param_groups"))
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Loss scaler, clipping, version, parameter groups; an elastic checkpoint's groups say nothing."""
+        return self.common_of(self.states, self.groups or [{"params": [number]} for number, _ in enumerate(self.masters)])
 
     def state(self, group: int) -> dict[str, Any]:
         """What the optimizer keeps for a (sub-)group's vector: tensors of its length, and numbers."""
@@ -224,24 +283,6 @@ class OptimizerStates(_File):
         if value is None or type(value) in (int, float):
             return value
         return self.number(value, "step")
-
-    def number(self, value: object, key: str) -> TensorValue:
-        """A tensor of a few bytes, with its value."""
-        tensor = self.tensor(value, key)
-        nbytes = stored_bytes(tensor)
-        if nbytes > _LARGEST_NUMBER or tensor.strides is not None:
-            raise self.wrong(key, "a number", f"{tensor.dtype} {tensor.shape}")
-        return TensorValue(tensor.dtype, tensor.shape, self.store.read(tensor.file, tensor.offset, nbytes))
-
-    def shared_state(self) -> dict[str, Any]:
-        """What of the states is not cut over ranks, as plain values: loss scaler, clipping, version, parameter groups."""
-        keys = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "ds_version")
-        found = {key: self.states[key] for key in keys if key in self.states}
-        found["param_groups"] = [{key: self._value(value, key) for key, value in group.items()} for group in self.groups]
-        return found
-
-    def _value(self, value: object, key: str) -> object:
-        return self.number(value, key) if isinstance(value, TensorRef) else value
 
     def _number(self, group: int) -> int:
         """The number under which torch's optimizer keeps a (sub-)group's vector: it counts through the groups' parameters."""

@@ -52,6 +52,8 @@ def settle_words(source: Source, request: Request) -> Words:
         raise UsageError(f"{request.to} holds one rank", actual=f"{request.layout.ranks} ranks", remedy="For rank files use --to ranks")
     # A target that goes on with a training run calls its tensors what the run does.
     same = getattr(target, "keeps_names", False)
+    if same and request.pad_vocab_to is not None:
+        raise UsageError(f"{request.to} holds the true vocabulary", actual="--pad-vocab-to", remedy="Leave it out")
     dialects = (source.dialect.name,) if same else target.dialects
     dialect = DIALECTS.get(_one_of(request.dialect, dialects, f"{request.to} has no dialect"))
     container = _one_of(request.container, target.containers, f"{request.to} has no container")
@@ -66,7 +68,7 @@ def settle_words(source: Source, request: Request) -> Words:
         raise UsageError(f"dialect {dialect.name!r} has no place for quantised weights", remedy="Use --dialect huggingface")
     if scheme is not None and source.config.fields.get("num_experts"):
         raise UnsupportedError(f"models with experts are not quantised yet, as {scheme.name!r} does not know their names")
-    padded = padded_vocab(source, request, dialect)
+    padded = None if same else padded_vocab(source, request, dialect)
     fields = dict(source.config.fields)
     if not target.ranked and padded is not None:
         fields["vocab_size"] = padded  # nothing but config.json says how long the table is
