@@ -21,8 +21,9 @@ Sources: deepspeed ``checkpoint/ds_to_universal.py`` (``merge_tp_slices``, ``mer
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
@@ -41,6 +42,7 @@ from .base import Filing, Hints, Source, Target, Training, Unit, companions
 from .common import carried, told_spec
 from .deepspeed_files import config_of
 from .deepspeed_mp import dialect_of, spec_of
+from .deepspeed_zero import name_shared
 from .zero_files import Files, folder_of
 from .zero_flat import whole
 from .zero_names import Names
@@ -73,13 +75,15 @@ class DeepSpeedUniversal:
         folder = folder_of(store, LATEST, _PARAMETER)
         assert folder is not None
         identity = read_identity(store)
-        run = _Run(store, folder)
+        run = _Run(store, folder, _left_out(identity))
         first = run.models[0]
         dialect = DIALECTS.get("megatron-deepspeed") if run.names.pipeline else dialect_of(set(run.weights), [first.path])
         family, config, raw, config_path, notes = config_of(store, hints, identity, folder, first.objects, first.path, self.name)
         version = first.objects.get("checkpoint_version", 3.0)
         if type(version) not in (int, float):
             raise first.wrong("checkpoint_version", "a number", version)
+        units = {(0, 0): run.weights}
+        run.dropped += name_shared(units, run.shared, run.names, family, config)
         told = "" if run.names.pipeline else told_spec(dialect, family, config, run.weights)
         return Source(
             store,
@@ -92,7 +96,7 @@ class DeepSpeedUniversal:
             config,
             raw,
             None,
-            {(0, 0): run.weights},
+            units,
             run.digests,
             companions(store, "hf/") or companions(store),
             tuple(run.dropped),
@@ -170,6 +174,13 @@ def _states(training: Training, tag: str) -> Iterator[Unit]:
                 yield Unit(f"{tag}/{name}", (), (), {"module": {}, "buffer_names": [], **kept})
 
 
+def _left_out(identity: Mapping[str, Any] | None) -> Sequence[str]:
+    """Patterns of what was left out when this was made; the run's own model states, which are carried along, still have it."""
+    recipe = (identity or {}).get("recipe")
+    patterns = recipe.get("drop") if isinstance(recipe, dict) else None
+    return [pattern for pattern in patterns if isinstance(pattern, str)] if isinstance(patterns, list) else []
+
+
 @dataclass(slots=True)
 class _Held:
     """One parameter's files."""
@@ -181,8 +192,8 @@ class _Held:
 class _Run:
     """A universal checkpoint, read: weights and planes by the dialect's names."""
 
-    def __init__(self, store: Store, folder: str) -> None:
-        self.store, self.folder = store, folder
+    def __init__(self, store: Store, folder: str, left_out: Sequence[str]) -> None:
+        self.store, self.folder, self.left_out = store, folder, left_out
         files = Files.of(store, folder)
         self.paths = [*files.models.values(), *files.partitions.values()]
         if not self.paths:
@@ -197,6 +208,7 @@ class _Run:
         self.models = sorted(found, key=lambda states: not states.objects.get("module") and not states.objects.get("param_shapes"))
         self.partitions = [states for states in found if states.path in files.partitions.values() and states.objects.get("param_shapes")]
         self.digests = {states.path: states.index.header_digest for states in found}
+        self.shared = {alias: stored for states in found for alias, stored in states.shared.items()}
         self.shapes = {name: shape for states in found for group in states.shapes or () for name, shape in group.items()}
         self.dropped: list[Dropped] = []
         held = self._parameters()
@@ -243,7 +255,6 @@ class _Run:
 
     def _take(self, held: Mapping[str, _Held]) -> None:
         """Weights, planes and steps under the dialect's names."""
-        shared = {alias: stored for states in self.models for alias, stored in states.shared.items()}
         buffers = {name for states in self.models for name in states.buffers}
         for name, one in held.items():
             if MASTER not in one.tensors:
@@ -255,10 +266,7 @@ class _Run:
                     actual=", ".join(sorted(one.tensors)) or "nothing",
                     remedy="Copy the checkpoint again",
                 )
-            if name in shared:
-                self.dropped.append(Dropped(name, f"another name of {shared[name]}"))
-                continue
-            if name in buffers:
+            if name in self.shared or name in buffers:
                 continue
             own = self.names.plain(name)
             self.called[own] = name
@@ -269,16 +277,14 @@ class _Run:
                     self.planes.setdefault(key, {})[own] = tensor._replace(name=hub_name(key, own))
             if one.step is not None:
                 self.steps[own] = one.step
-        for alias, stored in shared.items():
-            if (source := self.weights.get(self.names.plain(stored))) is not None:
-                self.weights.setdefault(self.names.plain(alias), source)
 
     def _untrained(self) -> None:
         """Buffers as the module has them, and what ZeRO-3 leaves of parameters that are not trained."""
         for states in self.models:
             module = states.module or {}
             for name in sorted(states.buffers & module.keys()):
-                self.weights.setdefault(self.names.plain(name), module[name])
+                if not any(fnmatchcase(name, pattern) for pattern in self.left_out):
+                    self.weights.setdefault(self.names.plain(name), module[name])
         if self.partitions:
             shapes, _ = self.partitions[0].frozen
             parts = [states.frozen[1] for states in self.partitions]

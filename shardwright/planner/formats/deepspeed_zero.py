@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import CheckpointError, UnsupportedError, short
+from ..config import ModelConfig
 from ..containers.base import StoredTensor
 from ..containers.torch_zip import TensorValue
 from ..identity import read_identity
@@ -27,7 +28,7 @@ from ..layout import Layout
 from ..passes.planes import hub_name
 from ..plan import Dropped
 from ..store import Store
-from ..tables import DIALECTS
+from ..tables import DIALECTS, Family
 from .base import Filing, Hints, Source, Target, Training, companions
 from .common import read_unit, told_spec
 from .deepspeed_files import config_of
@@ -37,7 +38,7 @@ from .zero_flat import joined, sliced, whole
 from .zero_names import Names, global_expert, local_experts
 from .zero_states import ModelStates, OptimizerStates, plain, refuse_experts
 
-__all__ = ["DeepSpeedZero"]
+__all__ = ["DeepSpeedZero", "name_shared"]
 
 MASTER = "fp32"
 Shapes = Mapping[str, tuple[int, ...]]
@@ -65,7 +66,8 @@ class DeepSpeedZero:
         units, planes, dropped = _put_together(run, names)
         layout = Layout(tp=run.tp)
         everything = {name for unit in units.values() for name in unit}
-        dialect = DIALECTS.get("megatron-deepspeed") if names.pipeline else dialect_of(everything, list(run.paths.values()))
+        ranks = [path for (_, dp), path in run.paths.items() if dp == 0]
+        dialect = DIALECTS.get("megatron-deepspeed") if names.pipeline else dialect_of(everything, ranks)
         first = run.models[0]
         family, config, raw, config_path, notes = config_of(store, hints, identity, folder, first.objects, first.path, self.name)
         version = first.objects.get("checkpoint_version", 3.0)
@@ -73,6 +75,8 @@ class DeepSpeedZero:
             raise first.wrong("checkpoint_version", "a number", version)
         spec = "" if names.pipeline else spec_of(dialect, family, told_spec(dialect, family, config, everything), version)
         padded = padded_of(units[0, 0], dialect, spec, layout)
+        shared = {alias: stored for rank in run.ranks for alias, stored in rank.shared.items()}
+        dropped += name_shared(units, shared, names, family, config)
         return Source(
             store,
             self.name,
@@ -326,7 +330,6 @@ def _put_together(
     units: dict[tuple[int, int], dict[str, StoredTensor]] = {(tp, 0): {} for tp in range(run.tp)}
     planes: dict[str, dict[tuple[int, int], dict[str, StoredTensor]]] = {}
     dropped: list[Dropped] = []
-    shared = {alias: stored for rank in run.ranks for alias, stored in rank.shared.items()}
     for rank in run.ranks:
         unit = units[rank.number % run.tp, 0]
         taken = set()
@@ -342,16 +345,25 @@ def _put_together(
                 if name not in taken:
                     own = names.plain(name)
                     held[own] = tensor._replace(name=hub_name(key, own))
-    for alias, stored in shared.items():
-        for unit in units.values():
-            if (source := unit.get(names.plain(stored))) is not None:
-                unit.setdefault(names.plain(alias), source)
     if copies := sum(rank.copies for rank in run.ranks):
         dropped.append(Dropped("module", f"{copies} tensors that repeat the master weights, which are taken"))
     _layers(run, names, units, dropped)
     if run.files.experts:
         dropped.append(Dropped("experts", f"{len(run.files.experts)} files that repeat the master weights, which are taken"))
     return units, planes, dropped
+
+
+def name_shared(
+    units: Mapping[tuple[int, int], dict[str, StoredTensor]], shared: Mapping[str, str], names: Names, family: Family, config: ModelConfig
+) -> list[Dropped]:
+    """Further names of shared parameters: names of their own for a model that is not said to tie any; what is left out."""
+    if any(alias.when(config.fields) for alias in family.aliases):
+        return [Dropped(alias, f"another name of {stored}") for alias, stored in shared.items()]
+    for alias, stored in shared.items():
+        for unit in units.values():
+            if (source := unit.get(names.plain(stored))) is not None:
+                unit.setdefault(names.plain(alias), source)
+    return []
 
 
 def _layers(run: _Run, names: Names, units: Mapping[tuple[int, int], dict[str, StoredTensor]], dropped: list[Dropped]) -> None:

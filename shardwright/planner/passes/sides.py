@@ -176,9 +176,6 @@ def resolve(
             continue
         else:
             stored, forms = looked, tuple([s.form for s in looked])
-        if row.alias and _same_place(row, stored, holders.get(hub[0]), bounds, places):
-            stage.taken.add(name)
-            continue
         key = (index, stored[0].dtype, forms)
         number = seen.get(key, -1)
         if number < 0:
@@ -206,25 +203,6 @@ def resolve(
             taken[rank, chunk] = (*taken.get((rank, chunk), ()), stage.taken)
     _account(units, taken, expansion, ignore, side, dialect)
     return side
-
-
-def _same_place(
-    row: RowClass,
-    stored: Sequence[StoredTensor],
-    holder: tuple[int, int, int] | None,
-    bounds: Sequence[Bound],
-    places: Sequence[Sequence[StoredTensor]],
-) -> bool:
-    """Whether a tied tensor is no copy but the very bytes of the one that it is tied to."""
-    if holder is None:
-        return False
-    number, at, _ = holder
-    bound, width = bounds[number], len(places[number]) // len(bounds[number].hub)
-    forms = tuple([tensor.form for tensor in stored])
-    if bound.row.shards != row.shards or bound.forms != (forms if any(forms) else ()):
-        return False
-    held, mine = places[number][at * width : (at + 1) * width], [part for tensor in stored for part in _in_pieces(tensor)]
-    return [(part.file, part.offset) for part in held] == [(part.file, part.offset) for part in mine]
 
 
 def _in_pieces(tensor: StoredTensor) -> list[StoredTensor]:
