@@ -87,7 +87,7 @@ def verify(
     """
     own = (config, vocab_size) if source is None else (None, None)
     target = out if isinstance(out, Checkpoint) else open(out, family=family, config=own[0], vocab_size=own[1])
-    count = sum(len(unit) for unit in target.source.units.values())
+    count = sum(1 for _ in target.source.stored())
     identity = read_identity(target.source.store) or {}
     if source is None and target.source.on_paper:
         raise no_values(target.path)
@@ -160,6 +160,6 @@ def _bytes(
     different = [(path, kind) for path, sums in found.items() for kind, digits in sums.items() if digits != recorded[path][kind]]
     missing = tuple(path for path in recorded if path not in present)
     bad = {path for path, _ in different} | set(missing)
-    equal = sum(tensor.file not in bad for unit in target.source.units.values() for tensor in unit.values())
+    equal = sum(tensor.file not in bad for tensor in target.source.stored())
     said = tuple(f"{path}: {kind} {found[path][kind]}, recorded {recorded[path][kind]}" for path, kind in different)
     return Verification("bytes", count, equal, said, missing, ())

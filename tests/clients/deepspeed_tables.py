@@ -78,5 +78,3 @@ def opened(run: Run, folder: Path, scratch: Path) -> sw.Checkpoint:
         table.write_text(_tables()[model])
         return sw.open(folder, family=table, config=_CONFIGS[model])
     return sw.open(folder, config=run.folder / "config.json")
-
-

@@ -97,9 +97,7 @@ def test_consolidated_weights_are_zero_to_fp32s(name: str, trained: Callable[...
 @pytest.mark.parametrize("name", ["BF16_Optimizer", "stage 3, bfloat16", "stage 2, float16"])
 def test_a_cast_gives_the_copies_that_deepspeed_keeps(name: str, trained: Callable[..., Run], tmp_path: Path) -> None:
     run = trained(**RUNS[name])
-    sw.convert(
-        opened(run, run.folder, tmp_path), tmp_path / "out", to="huggingface", dtype=run.job.dtype, drop=dropped(run), workers=1
-    )
+    sw.convert(opened(run, run.folder, tmp_path), tmp_path / "out", to="huggingface", dtype=run.job.dtype, drop=dropped(run), workers=1)
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert_same_bits(found, {key: run.truth.module[key] for key in found})
 

@@ -8,7 +8,7 @@ of bytes, and files to carry over. Boundary: a format knows no operation and no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from ...errors import CheckpointError
 from ..config import ModelConfig
-from ..containers.base import TensorSpec
+from ..containers.base import StoredTensor, TensorSpec
 from ..layout import Layout
 from ..manifest import Manifest
 from ..passes.rows import RowClass, hub_tensors
@@ -123,6 +123,12 @@ class Source:
     on_paper: bool = False
     planes: Mapping[str, Units] = field(default_factory=dict)
     training: Training | None = None
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """Every stored tensor, the planes' after the weights."""
+        for units in (self.units, *self.planes.values()):
+            for unit in units.values():
+                yield from unit.values()
 
     @cached_property
     def hub(self) -> Mapping[str, tuple[int, ...]]:

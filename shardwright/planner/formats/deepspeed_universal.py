@@ -27,7 +27,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
-from ...errors import CheckpointError, ShapeMismatchError, UnsupportedError
+from ...errors import CheckpointError, ShapeMismatchError, UnsupportedError, short
 from ..containers.base import StoredTensor, TensorSpec
 from ..containers.torch_zip import TensorRef
 from ..identity import read_identity
@@ -81,7 +81,7 @@ class DeepSpeedUniversal:
         family, config, raw, config_path, notes = config_of(store, hints, identity, folder, first.objects, first.path, self.name)
         version = first.objects.get("checkpoint_version", 3.0)
         if type(version) not in (int, float):
-            raise first.wrong("checkpoint_version", "a number", version)
+            raise first.wrong("checkpoint_version", "a number", short(version))
         units = {(0, 0): run.weights}
         run.dropped += name_shared(units, run.shared, run.names, family, config)
         told = "" if run.names.pipeline else told_spec(dialect, family, config, run.weights)

@@ -72,7 +72,7 @@ class DeepSpeedZero:
         family, config, raw, config_path, notes = config_of(store, hints, identity, folder, first.objects, first.path, self.name)
         version = first.objects.get("checkpoint_version", 3.0)
         if type(version) not in (int, float):
-            raise first.wrong("checkpoint_version", "a number", version)
+            raise first.wrong("checkpoint_version", "a number", short(version))
         spec = "" if names.pipeline else spec_of(dialect, family, told_spec(dialect, family, config, everything), version)
         padded = padded_of(units[0, 0], dialect, spec, layout)
         shared = {alias: stored for rank in run.ranks for alias, stored in rank.shared.items()}
@@ -270,7 +270,7 @@ class _Run:
         parts = [one.frozen[1] for one in models]
         for name, shape in shapes.items():
             if lacking := next((one for one, held in zip(models, parts, strict=True) if name not in held), None):
-                raise lacking.wrong("frozen_param_fragments", name, None)
+                raise lacking.wrong("frozen_param_fragments", short(name), None)
             found.rest[name] = whole(name, shape, [held[name] for held in parts])
         module = first.module or {}
         found.rest |= {name: module[name] for name in first.buffers if name in module}
@@ -298,7 +298,7 @@ class _Run:
                     tied = keys.get(name.split(".", 2)[-1]) if name.startswith("tied_modules.") else None
                     tensor = stored.get(name, tied)
                     if tensor is None:
-                        raise one.wrong("param_slice_mappings", "parameters of the layers' files", name)
+                        raise one.wrong("param_slice_mappings", "parameters of the layers' files", short(name))
                     groups[number][name] = tensor.shape
         return groups
 

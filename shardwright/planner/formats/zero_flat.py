@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, short
 from ..containers.base import Fragment, StoredTensor
 from ..tensor.dtypes import dtype as dtype_of
 
@@ -75,7 +75,11 @@ def joined(label: str, shapes: Shapes, paddings: Sequence[int] | None, parts: Se
     gaps = list(paddings) if paddings is not None else [0] * len(shapes)
     if len(gaps) != len(shapes) or not all(type(gap) is int and gap >= 0 for gap in gaps):
         raise CheckpointError(
-            f"{label} has other alignment paddings than parameters", file=parts[0].file, expected=len(shapes), actual=str(gaps)[:80]
+            f"{label} has other alignment paddings than parameters",
+            file=parts[0].file,
+            expected=f"{len(shapes)} numbers",
+            actual=short(gaps),
+            remedy="Copy the checkpoint again: the model states are of another run",
         )
     needed = sum(map(prod, shapes.values())) + sum(gaps)
     _check_parts(label, needed, parts)

@@ -38,12 +38,15 @@ class _File:
         self.index: ContainerIndex = read_unit(store, "torch", path)
 
     def wrong(self, key: str, expected: str, actual: object) -> CheckpointError:
-        found = "nothing" if actual is None else type(actual).__name__ if not isinstance(actual, int | str) else short(actual)
+        if actual is None:
+            actual = "nothing"
+        elif not isinstance(actual, str):  # text is what the caller makes of a value
+            actual = short(actual) if isinstance(actual, int | float) else type(actual).__name__
         return CheckpointError(
             f"the file's {key!r} is not what DeepSpeed writes",
             file=self.path,
             expected=expected,
-            actual=found,
+            actual=actual,
             remedy="Copy the file again, or give the checkpoint that it belongs to",
         )
 

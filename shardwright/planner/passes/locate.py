@@ -54,7 +54,7 @@ def locate(source: Source, request: Request, target: Source) -> Located:
                 return 0, 0
             if (stored.dtype, stored.shape) != (w.dtype, w.shape) or stored.form is not None:
                 different.append(f"{_named(w.plane, w.name)}@{rank}: expected {w.dtype} {w.shape}, actual {stored.dtype} {stored.shape}")
-            entries.append(TensorEntry(w.name, rank, w.dtype, w.shape, number[stored.file], stored.offset))
+            entries.append(TensorEntry(_named(w.plane, w.name), rank, w.dtype, w.shape, number[stored.file], stored.offset))
             return number[stored.file], stored.offset
 
         for at in range(max((len(w.ranks) for w in wanted.wanted), default=0)):
