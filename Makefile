@@ -12,6 +12,8 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# Tests of one run side by side; half of their time is waiting for processes and devices.
+SIDE_BY_SIDE := -n 2 --dist worksteal
 TORCH := torch==2.13.0
 # Source only, and its setup.py imports torch: built in the environment, as Python alone, without a compiler.
 DEEPSPEED := deepspeed==0.19.8
@@ -54,10 +56,10 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed
-	$(OWN_TMP) $(BIN)/python -m pytest --basetemp="$$tmp/pytest" -m "not clients and not soak" $(PYTEST_ARGS)
+	$(OWN_TMP) $(BIN)/python -m pytest --basetemp="$$tmp/pytest" -m "not clients and not soak" $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 test-clients: $(CLIENTS)/.installed
-	$(OWN_TMP) SHARDWRIGHT_REQUIRE_CLIENTS=1 $(CLIENTS_BIN)/python -m pytest --basetemp="$$tmp/pytest" tests/clients -m "clients and not soak" $(PYTEST_ARGS)
+	$(OWN_TMP) SHARDWRIGHT_REQUIRE_CLIENTS=1 $(CLIENTS_BIN)/python -m pytest --basetemp="$$tmp/pytest" tests/clients -m "clients and not soak" $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 # pytest exits 5 when it finds no test; a half without soak tests is no failure.
 soak: $(VENV)/.installed $(CLIENTS)/.installed

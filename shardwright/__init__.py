@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import Checkpoint, Conversion, DiffReport, Tensor, Verification, convert, diff, load_plan, open, plan, register, verify
     from .errors import ShardwrightError
+    from .loading import Together
     from .planner.layout import Layout
     from .synthetic import synth
 
@@ -27,6 +28,7 @@ __all__ = [
     "Layout",
     "ShardwrightError",
     "Tensor",
+    "Together",
     "Verification",
     "convert",
     "diff",
@@ -38,7 +40,7 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {"Layout": ".planner.layout", "ShardwrightError": ".errors", "synth": ".synthetic"}
+_HOMES = {"Layout": ".planner.layout", "ShardwrightError": ".errors", "Together": ".loading", "synth": ".synthetic"}
 
 
 def __getattr__(name: str) -> Any:

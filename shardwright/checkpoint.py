@@ -10,36 +10,37 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, UnsupportedError, UsageError
+from .errors import CheckpointError, UnsupportedError, UsageError, short
 from .planner.config import ModelConfig
 from .planner.containers.base import StoredTensor
-from .planner.formats import FORMATS, open_source
+from .planner.formats import open_source
 from .planner.formats.base import Hints, Source
 from .planner.identity import FILE_NAME, read_json, read_object
 from .planner.layout import Layout
 from .planner.manifest import CONFIG_NAME, Manifest, is_manifest, read_manifest, resolve
 from .planner.paper import open_config
 from .planner.passes.build import read_side
-from .planner.passes.request import castable, padded_vocab
-from .planner.passes.rows import expand
+from .planner.passes.holding import Holding, hold
 from .planner.passes.sides import SourceSide, stored_bytes
-from .planner.passes.view import View, hub_view, rank_views
+from .planner.passes.view import View, hub_view
 from .planner.plan import PAPER
 from .planner.request import Request
 from .planner.store import LocalStore
-from .planner.tables import DIALECTS, FAMILIES, Family, load_family, specs_of
+from .planner.tables import FAMILIES, Family, load_family
 from .planner.tensor.dtypes import dtype as dtype_of
 from .planner.tensor.lazy import LazyTensor, concat, leaf
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from .loading import Loaded, Together
+    from .modules import Module
 
 __all__ = ["Checkpoint", "PathLike", "Tensor", "find_family", "no_values", "open"]
 
@@ -77,7 +78,9 @@ def open(
     hints = Hints(find_family(family), _config(config), vocab_size)
     if (listed := _manifest(Path(path))) is not None:
         root, manifest, notes = listed
-        source = open_source(LocalStore(root), replace(hints, manifest=manifest))
+        # Files far from each other have a root that is no checkpoint's folder: nobody walks it.
+        names = None if root == Path(path).absolute().parent else (*manifest.files, *(manifest.whole or ()))
+        source = open_source(LocalStore(root, names), replace(hints, manifest=manifest))
         return Checkpoint(replace(source, warnings=(*notes, *source.warnings)))
     if _is_config(Path(path)):
         if config is not None or vocab_size is not None:
@@ -118,6 +121,11 @@ def _manifest(path: Path) -> tuple[Path, Manifest, tuple[str, ...]] | None:
     found, notes = resolve(manifest, names, lambda name: Path(name).is_file(), f"{folder}/", (f"{Path.cwd()}/",))
     files = [Path(os.path.normpath(name)) for name in found]
     root = folder if all(file.is_relative_to(folder) for file in files) else Path(os.path.commonpath([f.parent for f in files]))
+    if root == Path(root.anchor):
+        raise UnsupportedError(
+            "the files of the manifest lie in folders that share nothing but the root", file=path, actual=[*map(str, files)][:3],
+            remedy="Make a folder of links to them, and a manifest beside those",
+        )  # fmt: skip
     relative = tuple(file.relative_to(root).as_posix() for file in files)
     cut = len(manifest.files)
     whole = None if manifest.whole is None else relative[cut:]
@@ -229,50 +237,192 @@ class Checkpoint(Mapping[str, "Tensor"]):
         to: str | None = None,
         layout: Layout | None = None,
         rank: int | Mapping[str, int] = 0,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         dtype: str | None = None,
         dialect: str | None = None,
         spec: str | None = None,
         pad_vocab_to: int | None = None,
         include: Sequence[str] = ("*",),
-    ) -> dict[str, torch.Tensor]:
+        lazy: bool = True,
+        memory: int | str | None = None,
+        workers: int | None = None,
+        trust_replicas: bool = False,
+        together: Together | None = None,
+    ) -> Mapping[str, torch.Tensor]:
         """What one rank of a target would hold, as torch tensors: resharded while it is read, nothing written.
+
+        The values are those that `convert` would have written for that rank, to the bit.
 
         Parameters
         ----------
         to
             Target format; its dialect gives the names. None: hub names, unsplit.
-        rank
-            A rank number, or ``dict(tp=1, pp=0)``.
+        layout, rank
+            Of the target: a layout, and a rank number or ``dict(tp=1, pp=0)``.
+        device
+            Where the tensors are: ``"cpu"``, ``"cuda:1"``; ``"meta"`` has shapes and dtypes and reads nothing.
+        dtype
+            Cast floating tensors as ``convert --dtype`` does: not those that the family keeps, and nothing else.
         dialect, spec, pad_vocab_to
             As for `plan`.
         include
-            Patterns of names to read.
-        """
-        after = None if dtype is None else castable(dtype)
-        found = {}
-        for view in self._views(to, rank, Request(to or "", layout or Layout(), dialect=dialect, spec=spec, pad_vocab_to=pad_vocab_to)):
-            if any(fnmatchcase(view.name, pattern) for pattern in include):
-                read = Tensor(self, view).torch()
-                found[view.name] = read.to(device=device, dtype=_torch_dtype(after) if after and read.is_floating_point() else None)
-        return found
+            Patterns of names; others are not there.
+        lazy
+            Read a tensor when it is taken (a `StateDict`); False reads all in one pass, each byte once, into a dict.
+        memory
+            Bound on what the load takes beside the tensors themselves: bytes, or ``"512MiB"``. Default: a quarter of what is
+            free, at most 2 GiB.
+        workers
+            Lanes that read at once. Default: cores, at most 8.
+        trust_replicas
+            Do not read and compare copies that the source has of a tensor.
+        together
+            Processes of this host that load at the same time, with ``lazy=False``: they read each byte once among them.
 
-    def _views(self, to: str | None, rank: int | Mapping[str, int], request: Request) -> Iterator[View]:
-        if to is None:
-            yield from (hub_view(self._side, name) for name in self)
-            return
-        target, layout = FORMATS.get(to), request.layout
-        if not target.ranked and layout.ranks > 1:
-            raise UsageError(f"{to} holds one rank", actual=f"{layout.ranks} ranks", remedy='Choose to="ranks"')
-        number = _rank_number(rank, layout)
-        words = DIALECTS.get(request.dialect or target.dialects[0])
-        specs = specs_of(words, self._source.family)
-        spec = request.spec or specs[0]
-        if spec not in specs:
-            raise UsageError(f"dialect {words.name} has no spec {spec!r}", remedy=f"Known: {', '.join(specs)}")
-        padded = padded_vocab(self._source, request, words)
-        expansion = expand(self._source.family, self._source.config, words, spec, layout, padded, hub=self._source.hub)
-        yield from rank_views(self._side, expansion, layout, number, layout.vpp > 1 and words.numbering == "local")
+        Raises
+        ------
+        UsageError
+            No such format, rank or name, or options that contradict each other.
+        Refusal
+            Source and request do not fit, the source is quantised or nothing but a config, or the bound is too small.
+        ReplicaMismatchError, RunError
+            When tensors are read: copies differ, or the source cannot be read.
+
+        >>> ckpt.state_dict(to="megatron-legacy", layout=Layout(tp=4), rank=1)  # doctest: +SKIP
+        <StateDict of rank 1: 148 tensors, 4,015,263,744 bytes>
+        """
+        from .loading import How, StateDict, read_ranks
+
+        request = Request(to or "", layout or Layout(), dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to)
+        number, where = _rank_number(rank, request.layout), _device(device)
+        how = How.of(memory, workers, trust_replicas)
+        if lazy and together is not None:
+            raise UsageError("processes that load together read in one pass", remedy="Give lazy=False")
+        holding = self._hold(request, [number], include, together, reads=where.type != "meta")
+        if lazy:
+            return StateDict(holding, number, where, how)
+        return read_ranks(holding, [number], where, how, together)[number]
+
+    def state_dicts(
+        self,
+        ranks: Sequence[int | Mapping[str, int]] | None = None,
+        *,
+        to: str,
+        layout: Layout,
+        device: str | torch.device = "cpu",
+        dtype: str | None = None,
+        dialect: str | None = None,
+        spec: str | None = None,
+        pad_vocab_to: int | None = None,
+        include: Sequence[str] = ("*",),
+        memory: int | str | None = None,
+        workers: int | None = None,
+        trust_replicas: bool = False,
+        together: Together | None = None,
+    ) -> dict[int, dict[str, torch.Tensor]]:
+        """What several ranks of a target would hold (all by default), by rank number: one pass, each byte read once.
+
+        Parameters and errors are those of `state_dict`.
+        """
+        from .loading import How, read_ranks
+
+        request = Request(to, layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to)
+        numbers = [_rank_number(rank, layout) for rank in (range(layout.ranks) if ranks is None else ranks)]
+        where, how = _device(device), How.of(memory, workers, trust_replicas)
+        holding = self._hold(request, numbers, include, together, reads=where.type != "meta")
+        return read_ranks(holding, numbers, where, how, together)
+
+    def load_into(
+        self,
+        module: Module | Mapping[int, Module],
+        *,
+        to: str | None = None,
+        layout: Layout | None = None,
+        rank: int | Mapping[str, int] = 0,
+        device: str | torch.device = "cpu",
+        dtype: str | None = None,
+        dialect: str | None = None,
+        spec: str | None = None,
+        pad_vocab_to: int | None = None,
+        include: Sequence[str] = ("*",),
+        strict: bool = True,
+        memory: int | str | None = None,
+        workers: int | None = None,
+        trust_replicas: bool = False,
+        together: Together | None = None,
+    ) -> Loaded | dict[int, Loaded]:
+        """Fill a module's parameters and persistent buffers with what its rank of a target holds, in place.
+
+        Each is written where it is, strip by strip, without a copy of the tensor. A parameter of another floating dtype is
+        cast to as ``copy_`` casts; one that is strided or on another device is copied to. Tied parameters are filled once.
+
+        Parameters
+        ----------
+        module
+            The module that one rank runs, unwrapped; a list of its virtual chunks where ``vpp > 1``; or such by rank number, to
+            fill several ranks in one pass (then `rank` says nothing).
+        device
+            Where parameters and persistent buffers that are on the device ``meta`` get their memory (tied ones stay tied);
+            others stay where they are. Non-persistent buffers are in no checkpoint: those on ``meta`` stay there, and are listed.
+        dtype
+            Cast as ``convert --dtype`` first.
+        include
+            Patterns of names to fill; others are left alone.
+        strict
+            Refuse a module with names that the rank does not have, or without some that it has; False fills what both have.
+        to, layout, rank, dialect, spec, pad_vocab_to, memory, workers, trust_replicas, together
+            As for `state_dict`.
+
+        Returns
+        -------
+        Loaded
+            What was filled, and what was not; by rank number where `module` is.
+
+        Raises
+        ------
+        ModuleMismatchError
+            Names, shapes or dtypes do not fit; nothing was read or changed.
+        UnsupportedError
+            A parameter is no plain tensor (a DTensor, for one).
+        UsageError, Refusal, ReplicaMismatchError, RunError
+            As for `state_dict`; of the last two the module is filled in part.
+        """
+        from .loading import How, fill_modules
+
+        request = Request(to or "", layout or Layout(), dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to)
+        several = isinstance(module, Mapping)
+        modules = module if isinstance(module, Mapping) else {_rank_number(rank, request.layout): module}
+        where, how = _device(device), How.of(memory, workers, trust_replicas)
+        numbers = [_rank_number(number, request.layout) for number in modules]
+        if where.type == "meta":
+            raise UsageError("nothing is loaded onto the device meta", remedy='Give device="cpu" or another')
+        holding = self._hold(request, numbers, include, together, reads=True)
+        found = fill_modules(holding, modules, how, device=where, strict=strict, together=together)
+        return found if several else found[numbers[0]]
+
+    def _hold(self, request: Request, ranks: Sequence[int], include: Sequence[str], together: Together | None, *, reads: bool) -> Holding:
+        """What these ranks hold; with others, what all of them do."""
+        if reads and self._source.on_paper:
+            raise no_values(self.path)
+        asked = ranks
+        if together is not None:
+            if not 0 <= together.index < len(together.ranks) or sorted(together.ranks[together.index]) != sorted(ranks):
+                raise UsageError(
+                    "what this process loads is not what it said it would", expected=sorted(ranks),
+                    actual=f"process {together.index} of {list(together.ranks)}",
+                )  # fmt: skip
+            asked = [rank for each in together.ranks for rank in each]
+        return hold(self._source, request, asked, (include,) if isinstance(include, str) else tuple(include))
+
+
+def _device(device: str | torch.device) -> torch.device:
+    import torch
+
+    try:
+        # A name that torch knows may still be a device that this machine, or this torch, does not have.
+        return torch.empty(0, device=torch.device(device)).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise UsageError(f"no such device ({str(error).splitlines()[0]})", actual=device) from None
 
 
 def _rank_number(rank: int | Mapping[str, int], layout: Layout) -> int:
@@ -281,6 +431,8 @@ def _rank_number(rank: int | Mapping[str, int], layout: Layout) -> int:
         if unknown := sorted(set(rank) - {"tp", "pp", "ep"}):
             raise UsageError(f"a rank has no coordinate {unknown[0]!r}", expected="tp, pp, ep")
         return layout.rank(**rank)
+    if type(rank) is not int:
+        raise UsageError("a rank is a number, or coordinates", expected="3, or dict(tp=1, pp=0)", actual=short(rank))
     layout.coordinates(rank)
     return rank
 

@@ -244,16 +244,16 @@ def convert(
         from .executors.progress import StderrProgress
 
         outcome = job.execute(scheduler=scheduler, overwrite=overwrite, fresh=fresh, progress=StderrProgress())
-    verified = _verified(job, options) if then_verify else None
+    verified = _verified(job, src or job.plan.source_root, options) if then_verify else None
     _finish(job, summary, outcome, verified, as_json)
 
 
-def _verified(job: Conversion, options: dict[str, Any]) -> Verification:
+def _verified(job: Conversion, source: str, options: dict[str, Any]) -> Verification:
     from .api import verify as verify_target
 
     assert job.out is not None
     hints = {name: options[name] for name in ("family", "config", "vocab_size")}
-    found = verify_target(job.out, job.plan.source_root, memory=job.memory, workers=job.workers, **hints)
+    found = verify_target(job.out, source, memory=job.memory, workers=job.workers, **hints)
     if not found.ok:
         raise VerificationError(
             "the target differs from the source", file=job.out, actual=[*found.different, *found.missing, *found.extra][:5]
@@ -407,8 +407,16 @@ def families(as_json: bool) -> None:
     if as_json:
         _print(found)
         return
-    shown = ("model_types", "architecture", "spellings", "refuse")
-    _listing({name: {key: facts[key] for key in shown if facts[key]} for name, facts in found.items()}, as_json)
+    shown = ("model_types", "architecture", "spellings")
+    for name, facts in found.items():
+        _listing({name: {key: facts[key] for key in shown if facts[key]}}, as_json)
+        for dialect, refusals in facts["refuse"].items():
+            for refusal in refusals:
+                click.echo(
+                    f"{'':18} not in {dialect}"
+                    + ("" if refusal["when"] == "true" else f" where {refusal['when']}")
+                    + f": {refusal['reason']}"
+                )
 
 
 @main.command()

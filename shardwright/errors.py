@@ -18,6 +18,7 @@
     │   │   └── BlockAlignmentError (ValueError)    a cut inside a storage or quantisation block
     │   ├── UnsupportedError (NotImplementedError)  understood, but not offered
     │   ├── PlanError (ValueError)                  a plan that contradicts itself, its file or its source
+    │   ├── ModuleMismatchError (ValueError)        a module's parameters are not what the rank holds
     │   ├── MemoryBoundError (MemoryError)          the bound is too small; carries the smallest that works
     │   └── TargetError (OSError)                   the target cannot be put where it should go
     │       ├── TargetExistsError (FileExistsError)
@@ -47,6 +48,7 @@ __all__ = [
     "LayoutError",
     "MemoryBoundError",
     "MissingTensorError",
+    "ModuleMismatchError",
     "PaddingError",
     "PlanError",
     "Refusal",
@@ -211,6 +213,10 @@ class UnsupportedError(Refusal, NotImplementedError):
 
 class PlanError(Refusal, ValueError):
     """A plan contradicts itself, its file or its source."""
+
+
+class ModuleMismatchError(Refusal, ValueError):
+    """A module's parameters or buffers are not those that the rank of the layout holds: names, shapes or dtypes differ."""
 
 
 class MemoryBoundError(Refusal, MemoryError):

@@ -59,6 +59,11 @@ class Arena:
                 self._idle.append(buffer)
                 self._changed.notify_all()
 
+    def release(self) -> None:
+        """Give the buffers that no one has back to the system, whoever still refers to the arena."""
+        with self._changed:
+            self._idle.clear()
+
     def _acquire(self, nbytes: int) -> Buffer:
         ticket = object()
         with self._changed:

@@ -34,7 +34,17 @@ from ..planner.schemes import SCHEMES
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Kernel", "ValuesKernel", "cast", "dequantise_int8_channel", "kernel", "quantise_int8_channel", "values_kernel"]
+__all__ = [
+    "Kernel",
+    "ValuesKernel",
+    "add_one",
+    "cast",
+    "dequantise_int8_channel",
+    "kernel",
+    "quantise_int8_channel",
+    "subtract_one",
+    "values_kernel",
+]
 
 Kernel = Callable[["torch.Tensor", "list[torch.Tensor]", "torch.Tensor"], None]
 ValuesKernel = Callable[[Sequence[npt.NDArray[Any]], npt.NDArray[np.float64]], None]
@@ -85,6 +95,25 @@ def _function(path: str) -> Any:
 def cast(source: torch.Tensor, outputs: list[torch.Tensor], scratch: torch.Tensor) -> None:
     """Each element in the output's dtype, as torch rounds it."""
     outputs[0].copy_(source)
+
+
+def add_one(source: torch.Tensor, outputs: list[torch.Tensor], scratch: torch.Tensor) -> None:
+    """Each element plus 1, added in float64 and rounded once."""
+    _affine(source, outputs[0], scratch, 1.0)
+
+
+def subtract_one(source: torch.Tensor, outputs: list[torch.Tensor], scratch: torch.Tensor) -> None:
+    """Each element less 1, in float64, rounded once."""
+    _affine(source, outputs[0], scratch, -1.0)
+
+
+def _affine(source: torch.Tensor, output: torch.Tensor, scratch: torch.Tensor, shift: float) -> None:
+    import torch
+
+    work = scratch[: 8 * source.numel()].view(torch.float64).view(source.shape)
+    work.copy_(source)
+    work.add_(shift)
+    output.copy_(work)
 
 
 _ROWS = 128

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ..planner.passes.memory import itemsize
 from ..planner.plan import Output, Program
 from ..planner.tensor.pieces import FILL, Box, Piece, align, select
-from .move import Dim, Move, dense, local
+from .move import Dim, Move, dense, local, merge
 from .transfer import ReadStep, WriteStep, read_steps, write_steps
 
 __all__ = ["Layouts", "Reads", "Strip", "Writes", "extents_of", "moves", "output_box"]
@@ -134,22 +134,34 @@ def _cut(aligned: _Boxes, shape: Shape, lo: Shape, hi: Shape, size: int) -> list
 
 
 def _join(found: Sequence[Move]) -> list[Move]:
-    """Neighbouring runs, contiguous in file and memory, as one."""
+    """Neighbouring runs, contiguous in file and memory, as one; also where both repeat at the same strides, as interleaved
+    parts of a fused tensor do that lie in memory as in the file."""
     joined: list[Move] = []
     for move in found:
-        if joined and (run := _run(move)) and (before := _run(joined[-1])) and joined[-1].slot == move.slot:
-            last = joined[-1]
-            if last.file + before == move.file and last.mem + before == move.mem:
-                joined[-1] = last._replace(dims=(((before + run) // move.size, move.size, move.size),))
-                continue
-        joined.append(move)
+        if joined and (longer := _continued(joined[-1], move)) is not None:
+            joined[-1] = longer
+        else:
+            joined.append(move)
     return joined
 
 
-def _run(move: Move) -> int:
-    """Bytes of a move that is one contiguous run, else 0."""
-    single = not move.dims or (len(move.dims) == 1 and move.dims[0][1] == move.dims[0][2] == move.size)
-    return move.nbytes if single and move.slot != FILL else 0
+def _continued(first: Move, second: Move) -> Move | None:
+    """One move for both, if the runs of the second follow those of the first."""
+    if first.slot != second.slot or first.slot == FILL:
+        return None
+    (outer, run), (others, more) = _runs(first), _runs(second)
+    follows = second.file - first.file == second.mem - first.mem == run
+    # A longer run must not reach into the next repetition.
+    if not follows or outer != others or any(dim[1] < run + more or abs(dim[2]) < run + more for dim in outer):
+        return None
+    return first._replace(dims=merge([*outer, ((run + more) // first.size, first.size, first.size)]))
+
+
+def _runs(move: Move) -> tuple[tuple[Dim, ...], int]:
+    """The dims around a move's contiguous runs, and the bytes of one."""
+    if move.dims and move.dims[-1][1] == move.dims[-1][2] == move.size:
+        return move.dims[:-1], move.dims[-1][0] * move.size
+    return move.dims, move.size
 
 
 def _reads(found: Sequence[Move], staging: int) -> Reads:

@@ -23,7 +23,7 @@ from .layouts import Layouts
 from .progress import NullProgress, Progress
 from .sources import SourceFiles
 from .stopping import Stop
-from .tile import Job, Receipt, Runner, Stopped
+from .tile import Job, Memory, Receipt, Runner, Stopped
 
 __all__ = ["Finished", "begin", "jobs", "run"]
 
@@ -93,6 +93,7 @@ def run(
     finished: Finished,
     progress: Progress | None = None,
     stop: Stop | None = None,
+    memory: Memory = lambda number: None,
 ) -> None:
     """Run tiles of a plan; after it returns or raises nothing reads or writes.
 
@@ -106,6 +107,8 @@ def run(
         Takes a tile and its receipt, in any thread.
     stop
         A flag that is shared with what comes before and after the run.
+    memory
+        As for `Runner`.
 
     Raises
     ------
@@ -118,7 +121,7 @@ def run(
     """
     progress = progress or NullProgress()
     layouts = Layouts(dict(enumerate(plan.programs)), fit.strip_bytes)
-    runner = Runner(layouts, sources, strip_bytes=fit.strip_bytes, advance=progress.advance)
+    runner = Runner(layouts, sources, strip_bytes=fit.strip_bytes, advance=progress.advance, memory=memory)
     workers = max(1, min(fit.workers, len(tiles)))
     lanes = _Lanes(plan, tiles, runner, sink, Arena(workers * fit.slab_bytes), fit.slab_bytes, finished, stop or Stop())
     begin(progress, plan, tiles)
@@ -127,6 +130,7 @@ def run(
             _schedule(lanes, workers)
     finally:
         progress.stop()
+        lanes.arena.release()
     lanes.stop.raise_cause()
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..planner.tensor.pieces import FILL, Box, row_strides
 
-__all__ = ["Dim", "Move", "copy", "dense", "local", "offsets"]
+__all__ = ["Dim", "Move", "copy", "dense", "local", "merge", "offsets"]
 
 Dim = tuple[int, int, int]
 """``(extent, file stride, memory stride)`` in bytes."""
@@ -64,10 +64,11 @@ def local(box: Box, lo: Shape, hi: Shape, size: int) -> Move:
             in_file, in_memory = -in_file, -in_memory
         dims.append((extent, in_file, in_memory))
     dims.sort(key=lambda dim: (dim[1], dim[2]), reverse=True)
-    return Move(box.slot, 0 if box.slot == FILL else file, mem, _merge(dims), size)
+    return Move(box.slot, 0 if box.slot == FILL else file, mem, merge(dims), size)
 
 
-def _merge(dims: Sequence[Dim]) -> tuple[Dim, ...]:
+def merge(dims: Sequence[Dim]) -> tuple[Dim, ...]:
+    """Neighbouring dims that both sides walk as one."""
     merged: list[Dim] = []
     for dim in dims:
         if merged and merged[-1][1] == dim[0] * dim[1] and merged[-1][2] == dim[0] * dim[2]:

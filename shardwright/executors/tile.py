@@ -6,7 +6,8 @@
    as a copy where the replica covers the box only in part) and must be equal, byte for byte; or it is averaged with the
    pivot (`averaging`), and how many elements differed goes into the receipt.
 3. The value op's kernel fills the output strips; without one the pivot strip is the output.
-4. Each output's pieces inside the box are written to their targets.
+4. Each output's pieces inside the box are written to their targets. Where a target is memory, and the box goes to one run of
+   it as it is, step 2 reads straight into that.
 5. With the last box of a pivot its `zeros` are written, and its `padding` is read and classified: zeros, copies of the
    last real row, or other values. What was found goes into the receipt, not into the target. Padding that must be zero is
    refused where it is not.
@@ -41,10 +42,12 @@ from .transfer import gather, scatter
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Job", "Receipt", "Runner", "Stopped"]
+__all__ = ["Job", "Memory", "Receipt", "Runner", "Stopped"]
 
 Place = tuple[int, int]
 """``(file number, byte offset)``."""
+
+Memory = Callable[[int], memoryview | None]
 
 _ZEROS = bytes(256 << 10)
 
@@ -120,6 +123,8 @@ class Runner:
         Asked between strips; when it says yes, `Stopped` is raised.
     advance
         Told the bytes written after each strip.
+    memory
+        Gives a target file's own bytes, where it is memory that may be read into.
     """
 
     def __init__(
@@ -130,12 +135,14 @@ class Runner:
         strip_bytes: int,
         stopping: Callable[[], bool] = lambda: False,
         advance: Callable[[int], None] = lambda nbytes: None,
+        memory: Memory = lambda number: None,
     ) -> None:
         self.layouts = layouts
         self.sources = sources
         self.strip_bytes = strip_bytes
         self.stopping = stopping
         self.advance = advance
+        self.memory = memory
 
     def run(self, jobs: Sequence[Job], sink: Sink, buffer: Buffer) -> Receipt:
         """Run one tile in a lane's slab.
@@ -174,8 +181,12 @@ class Runner:
 
     def _strip(self, job: Job, program: Program, sink: Witness, lo: Shape, hi: Shape, buffers: _Buffers, receipt: Receipt) -> None:
         steps: Strip = self.layouts.strip(job.program, lo, hi)
-        receipt.bytes_read += self._gather(job, steps.gather, buffers.pivot, buffers.staging)
         nbytes = prod(b - a for a, b in zip(lo, hi, strict=True)) * itemsize(program.dtype)
+        if program.op is None and (place := self._place(job, steps, nbytes)) is not None:
+            receipt.bytes_read += self._gather(job, steps.gather, place, buffers.staging)
+            receipt.bytes_written += nbytes
+            return
+        receipt.bytes_read += self._gather(job, steps.gather, buffers.pivot, buffers.staging)
         mean = Mean(program.dtype, buffers.pivot[:nbytes], buffers.mean) if program.average else None
         for index, reads in enumerate(steps.replicas):
             if reads:
@@ -194,6 +205,17 @@ class Runner:
             sides = buffers.outputs
         for writes, side in zip(steps.scatter, sides, strict=True):
             receipt.bytes_written += self._scatter(job, writes, sink, side, buffers.staging)
+
+    def _place(self, job: Job, steps: Strip, nbytes: int) -> memoryview | None:
+        """The target's own memory, if the strip is one run of it and nothing else is to be done."""
+        if any(steps.replicas) or len(steps.scatter) != 1 or len(steps.scatter[0]) != 1:
+            return None
+        slot, step = steps.scatter[0][0]
+        if (step.kind, step.outer, step.mem, step.nbytes) != ("direct", (), 0, nbytes):
+            return None
+        number, base = job.targets[slot]
+        memory = self.memory(number)
+        return None if memory is None else memory[base + step.file : base + step.file + nbytes]
 
     def _gather(self, job: Job, reads: Reads, strip: memoryview, staging: memoryview) -> int:
         total = 0

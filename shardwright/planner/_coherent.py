@@ -24,7 +24,7 @@ import numpy as np
 
 from ._strict import LIMIT, fail
 from .passes.memory import averageable
-from .plan import SEAL_DIGITS, Bindings, Output, Plan, Program, TargetFile, TensorEntry
+from .plan import KERNELS, SEAL_DIGITS, Bindings, Output, Plan, Program, TargetFile, TensorEntry
 from .schemes import SCHEMES
 from .tensor.dtypes import BY_NAME
 from .tensor.pieces import Piece
@@ -56,7 +56,7 @@ def coherent(plan: Plan) -> None:
     for file in plan.target_files:
         _static(file)
         _seals(file, plan)
-    kernels = {"shardwright.executors.kernels:cast", *(scheme.kernel for scheme in SCHEMES)}
+    kernels = {*KERNELS.values(), *(scheme.kernel for scheme in SCHEMES)}
     for number, (program, bound) in enumerate(zip(plan.programs, plan.bindings, strict=True)):
         _program(program, bound, f"programs[{number}]", kernels)
         _reads(plan, program, bound, f"programs[{number}]")

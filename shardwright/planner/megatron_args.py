@@ -27,7 +27,7 @@ from .megatron_latent import latent_fields, latent_to_megatron
 from .megatron_sinks import sinks_fields, sinks_to_megatron
 from .tables import FAMILIES, Family
 
-__all__ = ["check_norms", "from_megatron", "to_megatron"]
+__all__ = ["from_megatron", "norm_shift", "to_megatron"]
 
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Megatron-core's ``use_rope_scaling`` hard-codes (models/common/embeddings/rotary_pos_embedding.py)."""
@@ -240,6 +240,9 @@ def from_megatron(arguments: Mapping[str, Any], family: Family | None, vocab_siz
     }
     valid({name: value for name, value in fields.items() if value or name not in _OPTIONAL}, file)
     usual = {name: value for name, (_, value) in _USUAL.items()}
+    if family is not None:
+        del usual["norm_zero_centered"]  # `norm_shift` tells
+        fields["norm_zero_centered"] = _fixed(family, "norm_zero_centered", False)
     if family is None and not any(misfit(known, fields, usual) is None for known in FAMILIES):
         unusual = [name for name, value in usual.items() if fields.get(name, value) != value]
         raise UnsupportedError(
@@ -301,23 +304,16 @@ def _spelled(arguments: Mapping[str, Any], family: Family, fields: Mapping[str, 
     return (own if own in _TANH_GELU else "gelu_pytorch_tanh") if tanh else "gelu"
 
 
-def check_norms(arguments: Mapping[str, Any], config: ModelConfig, file: str) -> None:
-    """Refuse a checkpoint whose norms are w where its config's family has 1 + w, or the reverse: no shape would tell.
+def norm_shift(arguments: Mapping[str, Any], config: ModelConfig) -> int:
+    """What to add to stored norm weights to have those of the config's family: Megatron stores w or w - 1, as its args say; so does
+    a family. No shape would tell.
 
-    Raises
-    ------
-    ConfigError
-        The args say otherwise than the config.
+    >>> norm_shift({"apply_layernorm_1p": True}, ModelConfig("llama", {}))
+    1
     """
-    stored = arguments.get("apply_layernorm_1p", arguments.get("layernorm_zero_centered_gamma"))
     wanted = config.fields.get("norm_zero_centered", False)
-    if stored is not None and bool(stored) != wanted:
-        raise ConfigError(
-            f"norms are stored in another way than those of family {config.family!r}",
-            file=file,
-            expected=f"apply_layernorm_1p {wanted}",
-            actual=short(stored),
-        )
+    stored = with_newer_names(arguments).get("apply_layernorm_1p")
+    return 0 if stored is None else int(bool(stored)) - int(wanted)
 
 
 _OPTIONAL = ("num_experts", "shared_expert_intermediate_size")

@@ -27,6 +27,7 @@ from .tensor.dtypes import dtype
 from .tensor.pieces import Piece
 
 __all__ = [
+    "KERNELS",
     "PAPER",
     "PLAN_FORMAT",
     "SEAL_DIGITS",
@@ -50,6 +51,9 @@ PLAN_FORMAT = 2
 PAPER = "config"
 """The source format of a plan that was made from a config alone."""
 
+KERNELS = {name: f"shardwright.executors.kernels:{name}" for name in ("cast", "add_one", "subtract_one")}
+"""Kernels that are no scheme's."""
+
 Ints = npt.NDArray[np.int64]
 Shape = tuple[int, ...]
 
@@ -61,7 +65,7 @@ class ValueOp:
     Attributes
     ----------
     name
-        ``"cast"`` or a scheme's name.
+        ``"cast"``, ``"affine"`` or a scheme's name.
     kernel
         ``"module:function"`` that an executor imports; its contract is in `shardwright.executors.kernels`.
     block

@@ -44,6 +44,7 @@ class Megatron:
         vocab: int,
         ids: torch.Tensor | None = None,
         launch: tuple[str, ...] = (),
+        source: Path | None = None,
     ) -> torch.Tensor:
         """Load a checkpoint into Megatron's GPTModel and run it.
 
@@ -59,6 +60,8 @@ class Megatron:
             Token ids; `hf_logits.token_ids` of ``vocab`` by default.
         launch
             What the checkpoint's ``args`` cannot say, and whoever launches must: names in `mcore_model.LAUNCH`.
+        source
+            Take only the ``args`` from `folder`: the weights are loaded from this checkpoint, of any format, by shardwright.
 
         Returns
         -------
@@ -71,7 +74,9 @@ class Megatron:
             A file or an argument is missing, tensors are missing, unexpected or of the wrong shape or dtype, or the run fails.
         """
         ids = token_ids(vocab) if ids is None else ids
-        request = Request(str(Path(folder).absolute()), tp, pp, vpp, tuple(map(tuple, ids.tolist())), vocab, ep, launch)
+        request = Request(
+            str(Path(folder).absolute()), tp, pp, vpp, tuple(map(tuple, ids.tolist())), vocab, ep, launch, source and str(source)
+        )
         (logits,) = [found for found in self._server.ask(request) if found is not None]
         return logits
 

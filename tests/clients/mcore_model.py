@@ -30,7 +30,8 @@ __all__ = ["Request", "build", "prepare", "rank_file", "run_rank"]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to run: a checkpoint, the layout it must state, token ids, and the true vocabulary."""
+    """What to run: a checkpoint, the layout it must state, token ids, and the true vocabulary; where `source` is given, the
+    weights are not the checkpoint's but what `shardwright` loads from there, with all ranks together."""
 
     folder: str
     tp: int
@@ -40,6 +41,7 @@ class Request:
     vocab: int
     ep: int = 1
     launch: tuple[str, ...] = ()
+    source: str = ""
 
     @property
     def world(self) -> int:
@@ -130,6 +132,8 @@ def run_rank(rank: int, request: Request, store: Path) -> torch.Tensor | None:
     saved = torch.load(file, map_location="cpu", weights_only=False)
     _check_envelope(saved, request)
     chunks = [_chunk(saved, request, pp, v) for v in range(request.vpp)]
+    if request.source:
+        _load_into(chunks, request, rank)
     with torch.no_grad():
         logits = _forward(chunks, request, rank)
     dist.barrier()
@@ -162,7 +166,8 @@ def _chunk(saved: Mapping[str, Any], request: Request, pp: int, v: int) -> torch
     """Build one model chunk and fill it from the file."""
     first, last = pp == 0 and v == 0, pp == request.pp - 1 and v == request.vpp - 1
     model = build(saved["args"], first, last, v if request.vpp > 1 else None, request.launch)
-    _load(model, saved["model" if request.vpp == 1 else f"model{v}"], saved["args"])
+    if not request.source:
+        _load(model, saved["model" if request.vpp == 1 else f"model{v}"], saved["args"])
     return model
 
 
@@ -358,6 +363,20 @@ def _load(model: torch.nn.Module, stored: Mapping[str, Any], args: Namespace) ->
     _demand(not foreign, f"args state {args.params_dtype}, stored are {foreign[:6]}")
     less = float(getattr(args, "apply_layernorm_1p", False))
     model.load_state_dict({n: t.float() + less if n.endswith("norm.weight") else t.float() for n, t in given.items()}, strict=False)
+
+
+def _load_into(chunks: list[torch.nn.Module], request: Request, rank: int) -> None:
+    """Fill a rank's chunks from any checkpoint, every byte of it read by one of the ranks."""
+    import shardwright as sw
+
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(float("nan"))
+    layout = sw.Layout(tp=request.tp, pp=request.pp, vpp=request.vpp, ep=request.ep)
+    sw.open(request.source).load_into(
+        chunks if request.vpp > 1 else chunks[0], to="megatron-legacy", layout=layout, rank=rank, spec="local", memory="128MiB",
+        together=sw.Together.of_group([rank]),
+    )  # fmt: skip
 
 
 def _dtype(name: str, args: Namespace) -> torch.dtype:

@@ -103,7 +103,9 @@ TABLES = {
     "parts of unequal width": (
         row(f"{LAYER}odd", [NORM, Q], ["packed"]), r"\[\[row\]\] .*odd", r"actual \[\(64,\), \(64, 64\)\]"
     ),
-    "an argument that it does not take": (row(f"{LAYER}t", [Q], ["transpose(3)"]), r"\[\[row\]\] \d+$", r"does not take these arguments .*'transpose\(3\)'"),
+    "an argument that it does not take": (
+        row(f"{LAYER}t", [Q], ["transpose(3)"]), r"\[\[row\]\] \d+$", r"does not take these arguments .*'transpose\(3\)'"
+    ),
     "two rows hold one tensor": (
         row(f"{LAYER}one", [Q], ["transpose"]) + row(f"{LAYER}two", [Q, K], ["packed"]), "mine.toml", "two rows hold.*layers.0.*q_proj"
     ),

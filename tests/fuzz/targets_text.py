@@ -516,7 +516,7 @@ _FAMILY = b"""name = "mine"
 model_types = ["mine"]
 architecture = "MineForCausalLM"
 infer = "not qk_norm"
-keep_dtype = ["*.gate.weight"]
+keep_dtype = ["*.q.weight"]
 [config]
 hidden_size = { key = "hidden_size" }
 num_hidden_layers = { key = "num_hidden_layers" }

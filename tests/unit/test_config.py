@@ -253,7 +253,6 @@ def test_a_scaling_that_args_cannot_say_is_a_warning(scaling):
         ({"rotary_percent": 0.5}, UnsupportedError, "args.rotary_percent = 0.5"),
         ({"rotary_interleaved": True}, UnsupportedError, "rotary_interleaved"),
         ({"num_experts": 8}, UnsupportedError, "num_experts"),
-        ({"apply_layernorm_1p": True}, UnsupportedError, "apply_layernorm_1p"),
         ({"num_layers": None}, ConfigError, "args lack 'num_layers'.*--config"),
         ({"norm_epsilon": None}, ConfigError, "args lack 'norm_epsilon'"),
         ({"vocab_size": None}, ConfigError, "true vocabulary size is not in the checkpoint's args.*--vocab-size"),

@@ -57,6 +57,21 @@ def test_packed_refuses_parts_that_do_not_divide():
         applied("packed", numbered((8, 2), (6, 2)), tp=4)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rest", [(), (3,)])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_grouped_qkv(gated, rest, groups):
+    heads, width = 6, 2
+    parts = numbered(*[(n * width, *rest) for n in ((heads,) * (1 + gated) + (groups, groups))])
+    *queries, keys, values = [part.reshape(-1, width, *rest) for part in parts]
+    each, expected = heads // groups, []
+    for group in range(groups):
+        for query in queries:  # and gates
+            expected += [query[head] for head in range(group * each, (group + 1) * each)]
+        expected += [keys[group], values[group]]
+    assert (applied("grouped_qkv", parts, num_key_value_heads=groups) == np.concatenate(expected)).all()
+
+
 @pytest.mark.parametrize("rest", [(), (3,)])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_interleave(rest, count):

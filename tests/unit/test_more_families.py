@@ -137,13 +137,20 @@ def test_what_args_cannot_say_is_a_warning_each(name, count):
         ("olmoe", {"num_key_value_heads": 4}, "OLMoESelfAttention.*expected 8 key/value heads, actual 4"),
         ("gemma", {"use_bidirectional_attention": True}, "tokens see those after them"),
         ("gemma", {"hidden_act": "relu"}, "SwiGLU.*relu, gated"),
-        ("glm4_moe", {"norm_topk_prob": False}, "always normalises sigmoid scores"),
-        ("glm4_moe", {"num_experts_per_tok": 6}, "their best two.*expected 4 experts per token, actual 6"),
+        ("glm4_moe", {"norm_topk_prob": False}, "normalises sigmoid scores"),
     ],
 )
 def test_what_megatron_cannot_build_is_refused(name, change, message):
     with pytest.raises(UnsupportedError, match=message):
         to_megatron(config_of(MODELS[name].config() | change), FAMILIES.get(name))
+
+
+def test_groups_of_experts_that_megatron_ranks_otherwise_are_a_warning():
+    config = config_of(MODELS["glm4_moe"].config() | {"num_experts_per_tok": 6})
+    assert any(
+        "best 3, transformers by its best 2: some tokens go to other experts" in text
+        for text in to_megatron(config, FAMILIES.get("glm4_moe"))[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,16 +236,36 @@ def test_nonsense_in_args_is_refused(change):
             from_megatron({**arguments, **change}, told, None, "f")
 
 
-@pytest.mark.parametrize("name", ["gemma", "nemotron"])
-def test_norms_stored_in_the_other_way_are_refused(name, sources, tmp_path):
-    """NeMo 1 stored Gemma's norms as 1 + w: only the args tell."""
-    sw.convert(sources[name], tmp_path / "out", to="megatron-legacy")
-    path = tmp_path / "out" / "release" / "mp_rank_00" / "model_optim_rng.pt"
-    state = torch.load(path, weights_only=False)
-    state["args"].apply_layernorm_1p = False
-    torch.save(state, path)
-    with pytest.raises(ConfigError, match=r"norms are stored in another way.*expected apply_layernorm_1p True, actual False"):
-        sw.open(tmp_path / "out")
+@pytest.mark.parametrize(("name", "told"), [("gemma", False), ("nemotron", False), ("glm4_moe", True)])
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_norms_stored_in_the_other_way_are_made_the_familys(name, told, dtype, sources, tmp_path):
+    """NeMo 1 stored Gemma's norms as 1 + w, and `--apply-layernorm-1p` stores anyone's as w - 1: only the args tell."""
+    sw.convert(sources[name], tmp_path / "out", to="megatron-legacy", layout=sw.Layout(tp=2))
+    less = 1.0 if told else -1.0  # what the file's norms lack
+    for path in (tmp_path / "out").glob("release/*/model_optim_rng.pt"):
+        state = torch.load(path, weights_only=False)
+        state["args"].apply_layernorm_1p = told
+        for key, value in state["model"].items():
+            if key.endswith(("norm_weight", "norm.weight")):
+                state["model"][key] = (value.double() - less).to(value.dtype)
+        torch.save(state, path)
+    job = sw.plan(tmp_path / "out", tmp_path / "back", to="huggingface", dtype=dtype)
+    assert any("the sum, which rounds below" in warning for warning in job.plan.warnings)
+    job.execute()
+    plain = sw.open(sources[name])
+    shifted = 0
+    back = sw.open(tmp_path / "back")
+    assert sw.verify(tmp_path / "back", tmp_path / "out").ok
+    for key in plain:
+        wanted, found = plain[key].torch(), back[key].torch()
+        if key.endswith("norm.weight"):
+            shifted += 1
+            stored = (wanted.double() - less).to(wanted.dtype)
+            wanted = (stored.double() + less).to(found.dtype)
+        torch.testing.assert_close(found, wanted.to(found.dtype), rtol=0, atol=0, equal_nan=True)
+    assert shifted > 3
+    with pytest.raises(UnsupportedError, match=r"norm weights are stored in another way.*Convert the checkpoint"):
+        sw.open(tmp_path / "out")["model.norm.weight"].torch()
 
 
 TABLE = """

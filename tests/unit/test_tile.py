@@ -14,6 +14,7 @@ from shardwright.executors import sources as sources_module
 from shardwright.executors import targets as targets_module
 from shardwright.executors import transfer
 from shardwright.executors.execute import compare, execute, read_box
+from shardwright.executors.layouts import moves
 from shardwright.executors.local import run
 from shardwright.executors.sources import SourceFiles
 from shardwright.executors.targets import TargetFiles
@@ -201,6 +202,20 @@ def test_read_box_reads_only_the_box(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 7 + data.tobytes())
     found = read_box(leaf(0, (8, 8)).T.pieces, (8, 8), "float32", operands=[("a", 7)], root=tmp_path, lo=(2, 1), hi=(5, 3))
     assert np.array_equal(found.view(np.float32).reshape(3, 2), data.T[2:5, 1:3])
+
+
+def test_interleaved_parts_that_lie_in_memory_as_in_the_file_are_one_read():
+    """Three parts per group, as in a fused QKV tensor: gaps between the runs of one part are the runs of the others."""
+    whole = leaf(0, (4, 3, 8))
+    kept = [Piece(0, 8 * k, 8 * k, ((4, 24, 24), (8, 1, 1))) for k in range(3)]
+    (one,) = moves(kept, (4, 3, 8), (0, 0, 0), (4, 3, 8), 2)
+    assert (one.file, one.mem, one.nbytes) == (0, 0, 4 * 3 * 8 * 2)
+    # Two of the three: one run of two rows per group, and no farther.
+    (two,) = moves(kept[:2], (4, 3, 8), (0, 0, 0), (4, 3, 8), 2)
+    assert two.dims == ((4, 48, 48), (16, 2, 2))
+    # In another order in memory they stay apart.
+    turned = concat([whole.slice(1, k, k + 1) for k in (2, 0, 1)], 1)
+    assert len(moves(turned.pieces, (4, 3, 8), (0, 0, 0), (4, 3, 8), 2)) == 2
 
 
 @pytest.mark.parametrize("vector", [True, False])

@@ -538,13 +538,13 @@ def bombs() -> dict[str, bytes]:
 @pytest.mark.parametrize(("name", "pickled"), bombs().items(), ids=bombs())
 def test_bombs_are_refused_in_bounded_time(tmp_path: Path, name: str, pickled: bytes) -> None:
     path = craft(tmp_path / "m.pt", pickled)
-    started = time.perf_counter()
+    started = time.process_time()
     if name == "memo-index":  # only a number here: the memo is a dict
         read(path)
     else:
         with pytest.raises(ContainerError, match=r"m\.pt"):
             read(path)
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 5
 
 
 def test_a_directory_that_promises_too_much_is_not_believed(tmp_path: Path) -> None:

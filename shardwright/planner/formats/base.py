@@ -92,6 +92,9 @@ class Source:
         Every file that is read, with the digest of its header.
     companions
         (path in the store, plain name) of small files that travel along.
+    norm_shift
+        What is added to stored norm weights to give the model's own: 1 where they are stored less 1 and the family's are not,
+        -1 the other way round.
     config_path
         Where the model's own config.json lies, if it does.
     on_paper
@@ -121,6 +124,7 @@ class Source:
     identity: Mapping[str, Any] | None = None
     config_path: str = "hf/config.json"
     on_paper: bool = False
+    norm_shift: int = 0
     planes: Mapping[str, Units] = field(default_factory=dict)
     training: Training | None = None
 

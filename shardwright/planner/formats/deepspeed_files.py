@@ -115,7 +115,7 @@ def config_of(
     CheckpointError
         Nothing describes the model.
     """
-    places = ("hf/config.json", "config.json", f"{folder}config.json")
+    places = ("hf/config.json", "config.json", f"{folder}hf/config.json", f"{folder}config.json")
     path = next((p for p in places if store.exists(p)), places[0])
     if settled := settle(store, hints, identity, path):
         return *settled, path, ()

@@ -15,6 +15,7 @@ Source: DeepSpeed ``runtime/state_dict_factory.py``, ``runtime/engine.py`` (``_s
 from __future__ import annotations
 
 import hashlib
+import posixpath
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -28,12 +29,12 @@ from ..manifest import Manifest, below, find_manifest, known_version, manifest_b
 from ..megatron_deepspeed_args import to_megatron_deepspeed
 from ..passes.sides import check_units
 from ..store import Store
-from ..tables import DIALECTS, Dialect, Family
+from ..tables import DIALECTS, Dialect
 from .base import Filing, Hints, Source, Target, Unit, companions
-from .common import carried, read_unit, stages, told_spec
+from .common import carried, read_unit, stages, told_spec, versioned_spec
 from .deepspeed_files import LATEST, LAYER_FILE, MODEL_FILE, TAG, config_of, dropped_of, folder_of, numbered, parallel_size
 
-__all__ = ["META", "DeepSpeedMp", "dialect_of", "engine_states", "padded_of", "refuse_pipeline", "spec_of"]
+__all__ = ["META", "DeepSpeedMp", "dialect_of", "engine_states", "padded_of", "refuse_pipeline"]
 
 MANIFEST = "checkpoints.json"
 _MEGATRON = re.compile(r"(language_model\.|word_embeddings\.|position_embeddings\.|transformer\.(layers|final_layernorm)\.)")
@@ -70,7 +71,8 @@ class DeepSpeedMp:
         check_units(units, layout, dialect, self.name)
         first = indexes[0].objects
         family, config, raw, config_path, notes = config_of(store, hints, identity, folder, first, paths[0], self.name)
-        spec = spec_of(dialect, family, told_spec(dialect, family, config, {name for unit in units.values() for name in unit}), version)
+        spec = told_spec(dialect, family, config, {name for unit in units.values() for name in unit})
+        spec = spec if dialect.rows is None else versioned_spec(dialect, spec, version)
         files = {path: index.header_digest for path, index in zip(paths, indexes, strict=True)}
         if manifest is not None and store.exists(manifest.path):
             files[manifest.path] = hashlib.sha256(store.read(manifest.path)).hexdigest()
@@ -181,7 +183,8 @@ def _paths(store: Store, manifest: Manifest | None) -> tuple[list[str], str, tup
             actual=f"{len(files)} files", remedy="List all of them, or correct its 'mp_size'",
         )  # fmt: skip
     ordered, more = _in_order(files, manifest)
-    return ordered, ordered[0].rpartition("/")[0] + "/" if "/" in ordered[0] else "", (*notes, *more)
+    shared = posixpath.commonpath([posixpath.dirname(path) for path in ordered])
+    return ordered, f"{shared}/" if shared else "", (*notes, *more)
 
 
 def _refuse_others(manifest: Manifest) -> None:
@@ -262,16 +265,6 @@ def dialect_of(names: set[str], paths: list[str]) -> Dialect:
             actual=short(min(names, default="no tensors")),
         )
     return DIALECTS.get("huggingface")
-
-
-def spec_of(dialect: Dialect, family: Family, told: str, version: float) -> str:
-    """The spec whose names were told, with the version's order of rows."""
-    if dialect.rows is None or version >= 2:
-        return told
-    spec = f"{told}-v{int(version)}"
-    if spec not in dialect.specs:
-        raise UnsupportedError(f"names of spec {told!r} are of checkpoint versions 2.0 and above", actual=version)
-    return spec
 
 
 def padded_of(unit: Mapping[str, StoredTensor], dialect: Dialect, spec: str, layout: Layout) -> int | None:

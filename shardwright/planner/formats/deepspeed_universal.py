@@ -27,7 +27,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
-from ...errors import CheckpointError, ShapeMismatchError, UnsupportedError, short
+from ...errors import CheckpointError, ShapeMismatchError, UnsupportedError
 from ..containers.base import StoredTensor, TensorSpec
 from ..containers.torch_zip import TensorRef
 from ..identity import read_identity
@@ -41,8 +41,8 @@ from ..tables import DIALECTS
 from .base import Filing, Hints, Source, Target, Training, Unit, companions
 from .common import carried, told_spec
 from .deepspeed_files import config_of
-from .deepspeed_mp import dialect_of, spec_of
-from .deepspeed_zero import name_shared
+from .deepspeed_mp import dialect_of
+from .deepspeed_zero import name_shared, spec_of
 from .zero_files import Files, folder_of
 from .zero_flat import whole
 from .zero_names import Names
@@ -79,17 +79,13 @@ class DeepSpeedUniversal:
         first = run.models[0]
         dialect = DIALECTS.get("megatron-deepspeed") if run.names.pipeline else dialect_of(set(run.weights), [first.path])
         family, config, raw, config_path, notes = config_of(store, hints, identity, folder, first.objects, first.path, self.name)
-        version = first.objects.get("checkpoint_version", 3.0)
-        if type(version) not in (int, float):
-            raise first.wrong("checkpoint_version", "a number", short(version))
         units = {(0, 0): run.weights}
         run.dropped += name_shared(units, run.shared, run.names, family, config)
-        told = "" if run.names.pipeline else told_spec(dialect, family, config, run.weights)
         return Source(
             store,
             self.name,
             dialect,
-            "" if run.names.pipeline else spec_of(dialect, family, told, version),
+            spec_of(first, run.names, dialect, told_spec(dialect, family, config, run.weights)),
             "torch",
             Layout(),
             family,

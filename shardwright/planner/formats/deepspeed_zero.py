@@ -28,17 +28,17 @@ from ..layout import Layout
 from ..passes.planes import hub_name
 from ..plan import Dropped
 from ..store import Store
-from ..tables import DIALECTS, Family
+from ..tables import DIALECTS, Dialect, Family
 from .base import Filing, Hints, Source, Target, Training, companions
-from .common import read_unit, told_spec
+from .common import read_unit, told_spec, versioned_spec
 from .deepspeed_files import config_of
-from .deepspeed_mp import dialect_of, padded_of, spec_of
+from .deepspeed_mp import dialect_of, padded_of
 from .zero_files import OPTIMIZER, Files, folder_of, missing_rank
 from .zero_flat import joined, sliced, whole
 from .zero_names import Names, global_expert, local_experts
 from .zero_states import ModelStates, OptimizerStates, plain, refuse_experts
 
-__all__ = ["DeepSpeedZero", "name_shared"]
+__all__ = ["DeepSpeedZero", "name_shared", "spec_of"]
 
 MASTER = "fp32"
 Shapes = Mapping[str, tuple[int, ...]]
@@ -70,10 +70,7 @@ class DeepSpeedZero:
         dialect = DIALECTS.get("megatron-deepspeed") if names.pipeline else dialect_of(everything, ranks)
         first = run.models[0]
         family, config, raw, config_path, notes = config_of(store, hints, identity, folder, first.objects, first.path, self.name)
-        version = first.objects.get("checkpoint_version", 3.0)
-        if type(version) not in (int, float):
-            raise first.wrong("checkpoint_version", "a number", short(version))
-        spec = "" if names.pipeline else spec_of(dialect, family, told_spec(dialect, family, config, everything), version)
+        spec = spec_of(first, names, dialect, told_spec(dialect, family, config, everything))
         padded = padded_of(units[0, 0], dialect, spec, layout)
         shared = {alias: stored for rank in run.ranks for alias, stored in rank.shared.items()}
         dropped += name_shared(units, shared, names, family, config)
@@ -351,6 +348,20 @@ def _put_together(
     if run.files.experts:
         dropped.append(Dropped("experts", f"{len(run.files.experts)} files that repeat the master weights, which are taken"))
     return units, planes, dropped
+
+
+def spec_of(states: ModelStates, names: Names, dialect: Dialect, told: str) -> str:
+    """The variant of the dialect's names, with the order of QKV rows that the run's checkpoint version has.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedError
+        The version is no number, or there is no such order.
+    """
+    version = states.objects.get("checkpoint_version", 3.0)
+    if type(version) not in (int, float):
+        raise states.wrong("checkpoint_version", "a number", short(version))
+    return told if names.pipeline or dialect.rows is None else versioned_spec(dialect, told, version)
 
 
 def name_shared(

@@ -33,7 +33,8 @@ from .common import carried, missing_config, read_unit, scheme_of, settle, told_
 
 __all__ = ["HuggingFace"]
 
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)$")
+_WEIGHTS = re.compile(r".*(?<!_states)\.(safetensors|bin|pt|pth|gguf)$")
+"""DeepSpeed's files end in ``_states.pt`` and are no model's own."""
 _COMPARE = 1 << 20
 
 
@@ -157,6 +158,10 @@ def _read(
             raise CheckpointError(f"{entry} names a file that is not there", file=path, remedy="Download it")
         found = read_unit(store, container, path)
         files[path] = found.header_digest
+        names = found.tensors.keys()
+        if names.isdisjoint(tensors) and (weight_map is None or names <= weight_map.keys()):
+            tensors.update(found.tensors)
+            continue
         for name, tensor in found.tensors.items():
             if name in tensors:
                 _same(store, tensors[name], tensor)
@@ -168,6 +173,9 @@ def _read(
                 )
             else:
                 tensors[name] = tensor
+    if weight_map is not None and len(tensors) == len(weight_map) and not copies:
+        if [tensors[name].file if name in tensors else "" for name in weight_map] == list(weight_map.values()):
+            return tensors, dropped
     for name, path in (weight_map or {}).items():
         if name not in tensors or (tensors[name].file != path and (path, name) not in copies):
             raise CheckpointError(

@@ -19,6 +19,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
+from ...errors import UnsupportedError
 from ..config import to_huggingface
 from ..containers import CONTAINERS
 from ..containers.base import Container, UnitLayout
@@ -37,7 +38,7 @@ from .rows import expand
 from .sides import WEIGHT, SourceSide, TargetSide, place, resolve, targets, without_scales
 from .tiling import TILE_BYTES, choose_cuts, tile
 
-__all__ = ["assemble", "build", "no_collector", "read_names", "read_side", "sides_of"]
+__all__ = ["assemble", "bind", "build", "no_collector", "read_names", "read_side", "sides_of"]
 
 
 @contextmanager
@@ -77,11 +78,11 @@ def build(source: Source, request: Request, *, tile_bytes: int = TILE_BYTES) -> 
 
 def sides_of(source: Source, request: Request, words: Words, cast: Cast) -> tuple[SourceSide, TargetSide]:
     family, config = source.family, source.config
-    side = read_side(source, request.drop)
+    side = bind(source, request.drop)
     write = expand(family, config, words.dialect, words.spec, request.layout, words.padded_vocab, hub=source.hub)
-    wanted = targets(write, request.layout, side, cast, words.scheme)
+    wanted = targets(write, request.layout, side, cast, words.scheme, source.norm_shift)
     for plane in words.planes:
-        more = read_side(source, request.drop, plane)
+        more = bind(source, request.drop, plane)
         rows = rows_of(write, plane, held_by(more))
         join_targets(wanted, targets(rows, request.layout, more, lambda row, name, before: before, None), plane)
         join_sources(side, more)
@@ -94,14 +95,28 @@ def _left_out(request: Request) -> str:
     return "left out with --optimizer drop" if request.optimizer == "drop" else f"{request.to} has no place for the optimizer's state"
 
 
-def read_side(source: Source, drop: Sequence[str] = (), plane: str = WEIGHT) -> SourceSide:
-    """The source's rows of one plane, bound to its headers.
+def read_side(source: Source) -> SourceSide:
+    """The source's rows, bound to its headers, for reading hub tensors as they are stored.
 
     Raises
     ------
     CheckpointError
         Missing, unknown or wrongly shaped tensors.
+    UnsupportedError
+        Norms are stored in another way than the model has them.
     """
+    if source.norm_shift:
+        raise UnsupportedError(
+            "norm weights are stored in another way than the family's, and have to be converted before they are read or compared",
+            file=source.store.root,
+            expected=f"stored values {'+' if source.norm_shift > 0 else '-'} 1",
+            remedy="Convert the checkpoint, to huggingface or ranks for example",
+        )
+    return bind(source)
+
+
+def bind(source: Source, drop: Sequence[str] = (), plane: str = WEIGHT) -> SourceSide:
+    """The source's rows of one plane, bound to its headers, whatever has to be done to their values."""
     family, config, padded = source.family, source.config, source.padded_vocab
     read = expand(family, config, source.dialect, source.spec, source.layout, padded, hub=source.hub, reading=True)
     units = source.units
@@ -123,8 +138,8 @@ def read_names(source: Source) -> SourceSide:
         Also where a payload or a scale is missing, or is not what the scheme makes.
     """
     if source.scheme is None:
-        return read_side(source)
-    return read_side(replace(source, units={key: without_scales(unit, source.scheme) for key, unit in source.units.items()}))
+        return bind(source)
+    return bind(replace(source, units={key: without_scales(unit, source.scheme) for key, unit in source.units.items()}))
 
 
 def _file(source: Source, request: Request, words: Words, side: SourceSide, wanted: TargetSide) -> Filing:
@@ -267,6 +282,12 @@ def _warnings(source: Source, words: Words, programs: Sequence[Any]) -> list[str
     if source.padded_vocab is not None:
         found.append(
             f"the source's vocabulary is padded: rows {vocab} … {source.padded_vocab - 1} are dropped; the run says what they held"
+        )
+    if source.norm_shift:
+        stored = "less 1" if source.norm_shift > 0 else "plus 1"
+        found.append(
+            f"norm weights are stored {stored} in the source and not in the target: what is written is the sum, which rounds below "
+            "float32 (bfloat16: by up to 1/256 of a weight between 1 and 2)"
         )
     if words.padded_vocab is not None and words.padded_vocab != vocab:
         found.append(f"the vocabulary is padded with zeros from {vocab} to {words.padded_vocab} rows")

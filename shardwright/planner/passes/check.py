@@ -9,6 +9,8 @@
 4. Per pivot tensor: its tile boxes cover it once.
 5. Every source tensor is read, or listed in `dropped`. Copies that are trusted need not be read whole.
 
+A plan that fills some ranks' memory leaves the rest of the source alone: `check_filling` proves 1, the targets of 2, and 4.
+
 Coverage is decided exactly on aligned boxes, which are products of per-axis index sets (`disjoint`), in a number of steps
 in proportion to the plan. Boundary: reads the plan only; nothing is trusted but the plan's own numbers.
 """
@@ -27,7 +29,7 @@ from ..tensor.pieces import FILL, Box, Piece, align, count
 from .alike import Columns, alike
 from .disjoint import Allowance, clash
 
-__all__ = ["check"]
+__all__ = ["check", "check_filling"]
 
 _FREE_STEPS = 200_000
 _STEPS_PER_PART = 64
@@ -58,6 +60,23 @@ def check(plan: Plan) -> None:
     targets = Columns(plan.target_tensors)
     _check_targets(plan, targets, allowance)
     _check_files(plan, targets)
+    _check_tiles(plan, allowance)
+
+
+def check_filling(plan: Plan) -> None:
+    """Prove a plan that reads only what some targets need: as `check`, but what it does not read may be anything.
+
+    Raises
+    ------
+    PlanError
+        As `check`.
+    """
+    allowance = Allowance(_FREE_STEPS + _STEPS_PER_PART * _parts(plan))
+    for program in plan.programs:
+        covers(_boxes(program.gather, program.shape, program.label, allowance), program.shape, f"gather of {program.label}", allowance)
+        for replica in program.replicas:
+            _disjoint(_boxes(replica, program.shape, program.label, allowance), f"replica of {program.label}", allowance)
+    _check_targets(plan, Columns(plan.target_tensors), allowance)
     _check_tiles(plan, allowance)
 
 

@@ -228,20 +228,30 @@ def whole_items(programs: Sequence[Program], tiles: Tiles) -> dict[int, int]:
     return found
 
 
-def fit(programs: Sequence[Program], memory_bytes: int, workers: int, plan_bytes: int, largest: Mapping[int, int] | None = None) -> Fit:
+def fit(
+    programs: Sequence[Program],
+    memory_bytes: int,
+    workers: int,
+    plan_bytes: int,
+    largest: Mapping[int, int] | None = None,
+    *,
+    base: int | None = None,
+) -> Fit:
     """Workers and strips under a bound: the most workers that fit, then the largest strips.
 
     Parameters
     ----------
     largest
         `whole_items` of the plan; without it a whole program counts with its whole pivot.
+    base
+        What the process holds; 0 where the bound is on what comes on top of that.
 
     Raises
     ------
     MemoryBoundError
         Even one worker with the smallest strips needs more; `expected` is what it needs.
     """
-    base = _base(programs)
+    base = _base(programs) if base is None else base
     for count in range(max(1, workers), 0, -1):
         strip = STRIP_BYTES
         while strip >= STRIP_FLOOR:
@@ -250,7 +260,7 @@ def fit(programs: Sequence[Program], memory_bytes: int, workers: int, plan_bytes
             if peak <= memory_bytes:
                 return Fit(count, strip, per_worker, base, peak)
             strip //= 2
-    needed = min_memory(programs, plan_bytes, largest)
+    needed = base + plan_bytes + _largest_slab(programs, STRIP_FLOOR, largest)
     raise MemoryBoundError(
         "the memory bound is too small for one worker",
         expected=needed,

@@ -24,7 +24,7 @@ import numpy as np
 from ...errors import CheckpointError, MissingTensorError, ShapeMismatchError, UnknownTensorError, UnsupportedError
 from ..containers.base import Cut, StoredTensor
 from ..layout import Layout, Split
-from ..plan import Dropped, Ints, ValueOp
+from ..plan import KERNELS, Dropped, Ints, ValueOp
 from ..schemes import Scheme
 from ..tables import Dialect, Ignore
 from ..tensor.dtypes import dtype as dtype_of
@@ -347,7 +347,12 @@ def _account(
 
 
 def targets(
-    expansion: Expansion, layout: Layout, source: SourceSide, cast: Callable[[RowInstance, str, str], str], scheme: Scheme | None
+    expansion: Expansion,
+    layout: Layout,
+    source: SourceSide,
+    cast: Callable[[RowInstance, str, str], str],
+    scheme: Scheme | None,
+    norm_shift: int = 0,
 ) -> TargetSide:
     """What the target stores.
 
@@ -357,9 +362,11 @@ def targets(
         ``(row, hub name, stored dtype) → target dtype``.
     scheme
         Quantisation for the tensors it takes, or None.
+    norm_shift
+        1 or -1 where that is added to norm weights.
     """
     side = TargetSide()
-    seen: dict[tuple[int, str, str, bool], int] = {}
+    seen: dict[tuple[int, str, str, bool, int], int] = {}
     ranks = {(pp, ep): layout.stage_ranks(pp, ep) for pp in range(layout.pp) for ep in (None, *range(layout.ep))}
     dtypes, holders = [bound.dtype for bound in source.bounds], source.holders
     for instance in expansion.instances:
@@ -375,10 +382,11 @@ def targets(
                     remedy="Cast them with --dtype",
                 )
         taken = scheme is not None and scheme.takes(instance.hub[0], row.shapes[0], after)
-        key = (instance.row, before, after, taken)
+        shift = norm_shift if norm_shift and instance.hub[0].endswith("norm.weight") else 0
+        key = (instance.row, before, after, taken, shift)
         if key not in seen:
             seen[key] = len(side.bounds)
-            side.bounds.append(_target_bound(row, before, after, scheme if taken else None))
+            side.bounds.append(_target_bound(row, before, after, scheme if taken else None, shift))
         number = seen[key]
         bound = side.bounds[number]
         at = len(bound.hub)
@@ -395,10 +403,12 @@ def targets(
     return side
 
 
-def _target_bound(row: RowClass, before: str, after: str, scheme: Scheme | None) -> Bound:
+def _target_bound(row: RowClass, before: str, after: str, scheme: Scheme | None, shift: int) -> Bound:
     ones = (1,) * len(row.whole.shape)
     if scheme is None:
-        op = None if after == before else ValueOp("cast", "shardwright.executors.kernels:cast", ones, 0)
+        op = None if after == before else ValueOp("cast", KERNELS["cast"], ones, 0)
+        if shift:
+            op = ValueOp("affine", KERNELS["add_one" if shift > 0 else "subtract_one"], ones, 8)  # one float64 each
         return Bound(row, before, outputs=(StoredOutput("", after, row.whole.shape, ones, row.split, row.shards),), op=op)
     if row.whole != leaf(0, row.shapes[0]):
         raise UnsupportedError(
