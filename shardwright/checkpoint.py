@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, UnsupportedError, UsageError, short
 from .planner.config import ModelConfig
+from .planner.containers.base import StoredTensor
 from .planner.formats import open_source
 from .planner.formats.base import Hints, Source
 from .planner.identity import FILE_NAME, read_json, read_object
@@ -32,7 +33,7 @@ from .planner.request import Request
 from .planner.store import LocalStore
 from .planner.tables import FAMILIES, Family, load_family
 from .planner.tensor.dtypes import dtype as dtype_of
-from .planner.tensor.lazy import LazyTensor, leaf
+from .planner.tensor.lazy import LazyTensor, concat, leaf
 
 if TYPE_CHECKING:
     import numpy as np
@@ -211,7 +212,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         found = {}
         for (rank, chunk), unit in self._source.units.items():
             for name, tensor in unit.items():
-                lazy = _stored_view(tensor, number[tensor.file])
+                lazy = _stored_view(tensor, number)
                 label = name if single else f"{name}@{rank}" if not chunk else f"model{chunk}.{name}@{rank}"
                 found[label] = Tensor(self, lazy)
         return found
@@ -441,8 +442,13 @@ def _rank_number(rank: int | Mapping[str, int], layout: Layout) -> int:
     return rank
 
 
-def _stored_view(tensor: Any, file: int) -> View:
-    return View(tensor.name, tensor.dtype, leaf(0, tensor.shape, tensor.strides), ((file, tensor.offset),))
+def _stored_view(tensor: StoredTensor, number: Mapping[str, int]) -> View:
+    """A stored tensor under its own name; its runs, where there are several, are the operands."""
+    if not tensor.fragments:
+        return View(tensor.name, tensor.dtype, leaf(0, tensor.shape, tensor.strides), ((number[tensor.file], tensor.offset),))
+    joined = concat([leaf(slot, (run.elements,)) for slot, run in enumerate(tensor.fragments)], 0)
+    places = tuple((number[run.file], run.offset) for run in tensor.fragments)
+    return View(tensor.name, tensor.dtype, joined.reshape(*tensor.shape), places)
 
 
 class Tensor:
