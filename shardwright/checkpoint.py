@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, UnsupportedError, UsageError, short
 from .planner.config import ModelConfig
+from .planner.containers.base import StoredTensor
 from .planner.formats import open_source
 from .planner.formats.base import Hints, Source
 from .planner.identity import FILE_NAME, read_json, read_object
@@ -32,7 +33,7 @@ from .planner.request import Request
 from .planner.store import LocalStore
 from .planner.tables import FAMILIES, Family, load_family
 from .planner.tensor.dtypes import dtype as dtype_of
-from .planner.tensor.lazy import LazyTensor, leaf
+from .planner.tensor.lazy import LazyTensor, concat, leaf
 
 if TYPE_CHECKING:
     import numpy as np
@@ -211,7 +212,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         found = {}
         for (rank, chunk), unit in self._source.units.items():
             for name, tensor in unit.items():
-                lazy = _stored_view(tensor, number[tensor.file])
+                lazy = _stored_view(tensor, number)
                 label = name if single else f"{name}@{rank}" if not chunk else f"model{chunk}.{name}@{rank}"
                 found[label] = Tensor(self, lazy)
         return found
@@ -242,6 +243,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         spec: str | None = None,
         pad_vocab_to: int | None = None,
         include: Sequence[str] = ("*",),
+        drop: Sequence[str] = (),
         lazy: bool = True,
         memory: int | str | None = None,
         workers: int | None = None,
@@ -262,10 +264,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
             Where the tensors are: ``"cpu"``, ``"cuda:1"``; ``"meta"`` has shapes and dtypes and reads nothing.
         dtype
             Cast floating tensors as ``convert --dtype`` does: not those that the family keeps, and nothing else.
-        dialect, spec, pad_vocab_to
-            As for `plan`.
+        dialect, spec, pad_vocab_to, drop
+            As for `plan`: `drop` has patterns of stored names that the source may hold and no rule names.
         include
-            Patterns of names; others are not there.
+            Patterns of the target's names; others are not there.
         lazy
             Read a tensor when it is taken (a `StateDict`); False reads all in one pass, each byte once, into a dict.
         memory
@@ -292,7 +294,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         """
         from .loading import How, StateDict, read_ranks
 
-        request = Request(to or "", layout or Layout(), dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to)
+        layout = layout or Layout()
+        request = Request(to or "", layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to, drop=tuple(drop))
         number, where = _rank_number(rank, request.layout), _device(device)
         how = How.of(memory, workers, trust_replicas)
         if lazy and together is not None:
@@ -314,6 +317,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         spec: str | None = None,
         pad_vocab_to: int | None = None,
         include: Sequence[str] = ("*",),
+        drop: Sequence[str] = (),
         memory: int | str | None = None,
         workers: int | None = None,
         trust_replicas: bool = False,
@@ -325,7 +329,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         """
         from .loading import How, read_ranks
 
-        request = Request(to, layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to)
+        request = Request(to, layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to, drop=tuple(drop))
         numbers = [_rank_number(rank, layout) for rank in (range(layout.ranks) if ranks is None else ranks)]
         where, how = _device(device), How.of(memory, workers, trust_replicas)
         holding = self._hold(request, numbers, include, together, reads=where.type != "meta")
@@ -344,6 +348,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         spec: str | None = None,
         pad_vocab_to: int | None = None,
         include: Sequence[str] = ("*",),
+        drop: Sequence[str] = (),
         strict: bool = True,
         memory: int | str | None = None,
         workers: int | None = None,
@@ -369,7 +374,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
             Patterns of names to fill; others are left alone.
         strict
             Refuse a module with names that the rank does not have, or without some that it has; False fills what both have.
-        to, layout, rank, dialect, spec, pad_vocab_to, memory, workers, trust_replicas, together
+        to, layout, rank, dialect, spec, pad_vocab_to, drop, memory, workers, trust_replicas, together
             As for `state_dict`.
 
         Returns
@@ -388,7 +393,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         """
         from .loading import How, fill_modules
 
-        request = Request(to or "", layout or Layout(), dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to)
+        layout = layout or Layout()
+        request = Request(to or "", layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to, drop=tuple(drop))
         several = isinstance(module, Mapping)
         modules = module if isinstance(module, Mapping) else {_rank_number(rank, request.layout): module}
         where, how = _device(device), How.of(memory, workers, trust_replicas)
@@ -436,8 +442,13 @@ def _rank_number(rank: int | Mapping[str, int], layout: Layout) -> int:
     return rank
 
 
-def _stored_view(tensor: Any, file: int) -> View:
-    return View(tensor.name, tensor.dtype, leaf(0, tensor.shape, tensor.strides), ((file, tensor.offset),))
+def _stored_view(tensor: StoredTensor, number: Mapping[str, int]) -> View:
+    """A stored tensor under its own name; its runs, where there are several, are the operands."""
+    if not tensor.fragments:
+        return View(tensor.name, tensor.dtype, leaf(0, tensor.shape, tensor.strides), ((number[tensor.file], tensor.offset),))
+    joined = concat([leaf(slot, (run.elements,)) for slot, run in enumerate(tensor.fragments)], 0)
+    places = tuple((number[run.file], run.offset) for run in tensor.fragments)
+    return View(tensor.name, tensor.dtype, joined.reshape(*tensor.shape), places)
 
 
 class Tensor:

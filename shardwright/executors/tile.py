@@ -9,7 +9,8 @@
 4. Each output's pieces inside the box are written to their targets. Where a target is memory, and the box goes to one run of
    it as it is, step 2 reads straight into that.
 5. With the last box of a pivot its `zeros` are written, and its `padding` is read and classified: zeros, copies of the
-   last real row, or other values. What was found goes into the receipt, not into the target.
+   last real row, or other values. What was found goes into the receipt, not into the target. Padding that must be zero is
+   refused where it is not.
 
 Boundary: works through `SourceFiles` and a `Sink`, with a `Witness` between; knows tiles as lists of `Job` and nothing of
 plans, lanes or clusters.
@@ -24,7 +25,7 @@ from math import prod
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import ReplicaMismatchError
+from ..errors import PaddingError, ReplicaMismatchError
 from ..planner.passes.memory import Slab, itemsize, slab, strips
 from ..planner.plan import Program
 from ..planner.tensor.pieces import FILL, align
@@ -34,7 +35,7 @@ from .compare import first_difference
 from .extents import Extent, Sink, Witness
 from .layouts import Layouts, Reads, Shape, Strip, Writes, extents_of, output_box
 from .move import offsets
-from .padding import Padding, classify
+from .padding import Padding, all_zero, classify
 from .sources import SourceFiles
 from .transfer import gather, scatter
 
@@ -150,6 +151,8 @@ class Runner:
         ------
         ReplicaMismatchError
             Two copies differ.
+        PaddingError
+            Padding that must be zero is not.
         Stopped
             The stop flag was set; the tile is not complete.
         """
@@ -256,14 +259,29 @@ class Runner:
             size = itemsize(program.dtype)
             row = prod(program.shape[1:]) * size
             real = _last_row(program, last, buffers.pivot, row, size)
-            found = receipt.padding[job.name] = Padding()
+            found = Padding()
             for piece in program.padding:
                 number, base = job.sources[piece.slot]
                 start, ranges, nbytes = extents_of(piece, size)
                 with self.sources.reading(number) as read:
                     for offset, _ in offsets(ranges, base + start):
-                        classify(found, read, offset, nbytes, row, real, buffers.staging)
+                        if piece.slot not in program.blank:
+                            classify(found, read, offset, nbytes, row, real, buffers.staging)
+                        elif not all_zero(read, offset, nbytes, buffers.staging):
+                            raise self._not_blank(job, number, offset, nbytes)
                         receipt.bytes_read += nbytes
+            if found.nbytes:
+                receipt.padding[job.name] = found
+
+    def _not_blank(self, job: Job, number: int, offset: int, nbytes: int) -> PaddingError:
+        return PaddingError(
+            "the padding of a flat partition is not zero, so its tensors do not end where their shapes say",
+            tensor=job.name,
+            file=self.sources.files[number].path,
+            expected="zeros",
+            actual=f"other values in bytes {offset} … {offset + nbytes - 1}",
+            remedy="Copy the checkpoint again; a file of another run may lie in its place",
+        )
 
     def _mismatch(self, job: Job, program: Program, replica: int, lo: Shape, hi: Shape, at: int) -> ReplicaMismatchError:
         """The error for byte `at` of the strip: which element, and the two files that disagree on it."""

@@ -136,6 +136,9 @@ def _program(program: Program, bound: Bindings, where: str, kernels: set[str]) -
         _piece(piece, f"{where}.gather", sources, size)
     for piece in program.padding:
         _region(piece, f"{where}.padding", sources)
+    read = {piece.slot for piece in (*program.gather, *(p for r in program.replicas for p in r))}
+    if wrong := [operand for operand in program.blank if operand in read or not 0 <= operand < sources]:
+        fail(f"{where}.blank", "names an operand that is not padding alone", actual=wrong[0])
     if program.average and not averageable(program.dtype):
         fail(f"{where}.average", "is of a dtype that has no mean", actual=program.dtype)
     if program.op is None:

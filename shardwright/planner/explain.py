@@ -190,8 +190,10 @@ def _hub(places: Places, name: str, number: int, row: int) -> Iterator[str]:
     yield f"  {program.dtype} {list(program.shape)}" + ("" if joined == name else f", moved as one with its neighbours: {joined}")
     yield f"  read from {_names(places, number, row, operands_of(program))}"
     yield from _replicas(places, number, row)
-    if program.padding:
-        yield f"  padding rows of the source that are checked and not copied: {len(program.padding)} regions"
+    if rows := len(program.padding) - len(program.blank):
+        yield f"  padding rows of the source that are checked and not copied: {rows} regions"
+    if program.blank:
+        yield f"  padding that must be zero: {_names(places, number, row, program.blank)}"
     if program.op is not None:
         yield f"  value op: {program.op.name}"
     held = [(operand, places.target(number, row, operand)) for operand in range(plan.bindings[number].target_file.shape[1])]

@@ -8,6 +8,8 @@ from ..registry import Registry
 from ..store import Store
 from .base import Format, Hints, Source
 from .deepspeed_mp import DeepSpeedMp
+from .deepspeed_universal import DeepSpeedUniversal
+from .deepspeed_zero import DeepSpeedZero
 from .huggingface import HuggingFace
 from .megatron_deepspeed import MegatronDeepSpeed
 from .megatron_legacy import MegatronLegacy
@@ -21,6 +23,8 @@ FORMATS.add("ranks", Ranks())
 FORMATS.add("megatron-legacy", MegatronLegacy())
 FORMATS.add("deepspeed-mp", DeepSpeedMp())
 FORMATS.add("megatron-deepspeed", MegatronDeepSpeed())
+FORMATS.add("deepspeed-zero", DeepSpeedZero())
+FORMATS.add("deepspeed-universal", DeepSpeedUniversal())
 
 
 def open_source(store: Store, hints: Hints) -> Source:

@@ -31,13 +31,15 @@ TAG = "global_step0"
 """The folder of a target."""
 MODEL_FILE = re.compile(r"(?:(.+)/)?mp_rank_(\d{2,})_model_states\.pt$")
 LAYER_FILE = re.compile(r"(?:(.+)/)?layer_(\d{2,})(?:-model_(\d{2,}))?-model_states\.pt$")
+_UNIVERSAL = re.compile(r"(?:(.+)/)?zero/optimizer_state\.pt$")
 _ZERO_FILE = re.compile(r"(?:(.+)/)?(?:bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_?(?:optim|model)_states\.pt$")
 
 
 def folder_of(store: Store, pattern: re.Pattern[str], beside: tuple[re.Pattern[str], ...] = ()) -> str | None:
     """The folder (``""`` or ending with a slash) of the checkpoint that is made of such files; None if there is none.
 
-    A folder is passed over if it holds ZeRO's shards, or files of a pattern in `beside`: those are other formats' checkpoints.
+    A folder is passed over if it holds ZeRO's shards, a universal checkpoint, or files of a pattern in `beside`: those are other
+    formats' checkpoints.
 
     Raises
     ------
@@ -54,7 +56,7 @@ def folder_of(store: Store, pattern: re.Pattern[str], beside: tuple[re.Pattern[s
                 "the file latest names a tag whose files are not there", file=LATEST, expected=short(tag), actual=sorted(folders)[:5],
                 remedy="Copy that tag too, or correct the file",
             )  # fmt: skip
-    for other in (_ZERO_FILE, *beside):
+    for other in (_ZERO_FILE, _UNIVERSAL, *beside):
         folders -= _folders(store, other)
     if len(folders) > 1:
         raise CheckpointError(

@@ -34,7 +34,7 @@ from .base import Filing, Hints, Source, Target, Unit, companions
 from .common import carried, read_unit, stages, told_spec, versioned_spec
 from .deepspeed_files import LATEST, LAYER_FILE, MODEL_FILE, TAG, config_of, dropped_of, folder_of, numbered, parallel_size
 
-__all__ = ["META", "DeepSpeedMp", "engine_states", "refuse_pipeline"]
+__all__ = ["META", "DeepSpeedMp", "dialect_of", "engine_states", "padded_of", "refuse_pipeline"]
 
 MANIFEST = "checkpoints.json"
 _MEGATRON = re.compile(r"(language_model\.|word_embeddings\.|position_embeddings\.|transformer\.(layers|final_layernorm)\.)")
@@ -67,7 +67,7 @@ class DeepSpeedMp:
             units[rank, 0] = _module(index, path)
             keys.add(_module_key(index, path))
         version, note = _version(manifest, indexes, paths)
-        dialect = _dialect({name for unit in units.values() for name in unit}, paths)
+        dialect = dialect_of({name for unit in units.values() for name in unit}, paths)
         check_units(units, layout, dialect, self.name)
         first = indexes[0].objects
         family, config, raw, config_path, notes = config_of(store, hints, identity, folder, first, paths[0], self.name)
@@ -76,7 +76,7 @@ class DeepSpeedMp:
         files = {path: index.header_digest for path, index in zip(paths, indexes, strict=True)}
         if manifest is not None and store.exists(manifest.path):
             files[manifest.path] = hashlib.sha256(store.read(manifest.path)).hexdigest()
-        padded = _padded(units[0, 0], dialect, spec, layout)
+        padded = padded_of(units[0, 0], dialect, spec, layout)
         return Source(
             store,
             self.name,
@@ -253,7 +253,8 @@ def _version(manifest: Manifest | None, indexes: list[ContainerIndex], paths: li
     return known_version(told[0], paths[0], "checkpoint_version"), ()
 
 
-def _dialect(names: set[str], paths: list[str]) -> Dialect:
+def dialect_of(names: set[str], paths: list[str]) -> Dialect:
+    """The dialect of a module with these names, in the files of all tensor-parallel ranks."""
     if any(_MEGATRON.match(name) for name in names):
         return DIALECTS.get("megatron-nested")
     if len(paths) > 1:
@@ -266,7 +267,7 @@ def _dialect(names: set[str], paths: list[str]) -> Dialect:
     return DIALECTS.get("huggingface")
 
 
-def _padded(unit: Mapping[str, StoredTensor], dialect: Dialect, spec: str, layout: Layout) -> int | None:
+def padded_of(unit: Mapping[str, StoredTensor], dialect: Dialect, spec: str, layout: Layout) -> int | None:
     """Rows of the embedding over all ranks, where the names are Megatron's."""
     row = next((row for row in dialect.rows or () if ("pad_vocab", ()) in row.layout), None)
     tensor = None if row is None else unit.get(row.names[spec])

@@ -91,7 +91,7 @@ class HuggingFace:
         units, weight_map = [], {}
         for number, members in enumerate(shards):
             path = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            tensors = tuple([TensorSpec(*target.wanted[i][-3:]) for i in members])
+            tensors = tuple([TensorSpec(w.name, w.dtype, w.shape) for w in map(target.wanted.__getitem__, members)])
             units.append(Unit(path, members, tensors, metadata={"format": "pt"}))
             weight_map.update(dict.fromkeys([t.name for t in tensors], path))
         files, copies = carried(target, "")
