@@ -204,6 +204,7 @@ ALL_RANKS = [
     (Made("llama", "ranks", Layout(tp=2, pp=2), (PAD,)), Way("megatron-legacy", Layout(tp=4), (PAD,))),
     (Made("qwen2", "megatron-legacy", Layout(tp=4, pp=2), (PAD,)), Way("ranks", Layout(tp=2), (PAD,))),
     (Made("gpt_neox", "megatron-legacy", Layout(tp=2), (PAD,)), Way("ranks", Layout(tp=4), (PAD,))),
+    (Made("gpt2"), Way("ranks", Layout(tp=4), (PAD,))),
     (Made("qwen3_moe", "megatron-legacy", Layout(tp=2, ep=2, pp=2), (PAD,)), Way("ranks", Layout(tp=4, ep=3), (PAD,))),
 ]
 
