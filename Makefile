@@ -2,7 +2,7 @@
 #
 #   make demo           convert a small checkpoint made on the spot
 #   make test           lint, types, unit, property, fault and packaging tests
-#   make test-clients   real transformers and Megatron-core read what we write, and we what they write
+#   make test-clients   real transformers, Megatron-core and DeepSpeed read what we write, and we what they write
 #   make soak           everything that takes hours
 #   make bench          benchmarks, with `cp -r` beside each figure
 #
@@ -15,6 +15,8 @@ PYTEST_ARGS ?=
 # Tests of one run side by side; half of their time is waiting for processes and devices.
 SIDE_BY_SIDE := -n 2 --dist worksteal
 TORCH := torch==2.13.0
+# Source only, and its setup.py imports torch: built in the environment, as Python alone, without a compiler.
+DEEPSPEED := deepspeed==0.19.8
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
 VENV := .venv
@@ -40,6 +42,7 @@ $(CLIENTS)/.installed: pyproject.toml requirements-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS_BIN)/python -m pip install -q $(TORCH_FROM) $(TORCH) $(if $(TORCH_INDEX),,-c requirements-clients.txt)
 	$(CLIENTS_BIN)/python -m pip install -q -r requirements-clients.txt
+	DS_BUILD_OPS=0 $(CLIENTS_BIN)/python -m pip install -q --no-build-isolation $(DEEPSPEED) -c requirements-clients.txt
 	$(CLIENTS_BIN)/python -m pip install -q -e . --no-deps
 	@touch $@
 

@@ -8,7 +8,8 @@ same for everything that one rank of any target would hold.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, UnsupportedError, UsageError, short
 from .planner.config import ModelConfig
+from .planner.containers.base import StoredTensor
 from .planner.formats import open_source
 from .planner.formats.base import Hints, Source
-from .planner.identity import FILE_NAME, read_object
+from .planner.identity import FILE_NAME, read_json, read_object
 from .planner.layout import Layout
+from .planner.manifest import CONFIG_NAME, Manifest, is_manifest, read_manifest, resolve
 from .planner.paper import open_config
 from .planner.passes.build import read_side
 from .planner.passes.holding import Holding, hold
@@ -30,7 +33,7 @@ from .planner.request import Request
 from .planner.store import LocalStore
 from .planner.tables import FAMILIES, Family, load_family
 from .planner.tensor.dtypes import dtype as dtype_of
-from .planner.tensor.lazy import LazyTensor, leaf
+from .planner.tensor.lazy import LazyTensor, concat, leaf
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,8 +60,8 @@ def open(
     Parameters
     ----------
     path
-        A directory, a single weight file, an index, or a target's ``shardwright.json``; or a config.json alone, for a
-        checkpoint on paper: it can be planned from and looked at, and has no values.
+        A directory, a single weight file, an index, a manifest of DeepSpeed, or a target's ``shardwright.json``; or a
+        config.json alone, for a checkpoint on paper: it can be planned from and looked at, and has no values.
     family
         A family's name or a family table's path, where the checkpoint does not say or says otherwise.
     config
@@ -72,12 +75,19 @@ def open(
         It is no checkpoint, or not a whole one; names the file, the tensor, expected and actual.
     """
     _refuse_unfinished(Path(path))
+    hints = Hints(find_family(family), _config(config), vocab_size)
+    if (listed := _manifest(Path(path))) is not None:
+        root, manifest, notes = listed
+        # Files far from each other have a root that is no checkpoint's folder: nobody walks it.
+        names = None if root == Path(path).absolute().parent else (*manifest.files, *(manifest.whole or ()))
+        source = open_source(LocalStore(root, names), replace(hints, manifest=manifest))
+        return Checkpoint(replace(source, warnings=(*notes, *source.warnings)))
     if _is_config(Path(path)):
         if config is not None or vocab_size is not None:
             raise UsageError("a config alone says what --config and --vocab-size would", file=path, remedy="Leave them out")
         return Checkpoint(open_config(LocalStore(path), Path(path).name, find_family(family)))
     place = Path(path).parent if Path(path).name == FILE_NAME else path
-    return Checkpoint(open_source(LocalStore(place), Hints(find_family(family), _config(config), vocab_size)))
+    return Checkpoint(open_source(LocalStore(place), hints))
 
 
 def _refuse_unfinished(path: Path) -> None:
@@ -94,6 +104,32 @@ def _refuse_unfinished(path: Path) -> None:
 def _is_config(path: Path) -> bool:
     """A JSON file that is neither an index nor a target's identity."""
     return path.suffix == ".json" and path.name != FILE_NAME and not path.name.endswith(".index.json") and path.is_file()
+
+
+def _manifest(path: Path) -> tuple[Path, Manifest, tuple[str, ...]] | None:
+    """A file that is a manifest of DeepSpeed: the folder that holds all it names, the manifest with names that count from there,
+    and notes. The files may lie anywhere on this machine."""
+    if not _is_config(path):
+        return None
+    store = LocalStore(path)
+    if path.name != CONFIG_NAME and not is_manifest(read_json(store, path.name)):
+        return None
+    manifest = read_manifest(store, path.name)
+    folder = path.absolute().parent
+    # DeepSpeed opens relative names of a Megatron manifest from where it was started.
+    names = (*manifest.files, *(manifest.whole or ()))
+    found, notes = resolve(manifest, names, lambda name: Path(name).is_file(), f"{folder}/", (f"{Path.cwd()}/",))
+    files = [Path(os.path.normpath(name)) for name in found]
+    root = folder if all(file.is_relative_to(folder) for file in files) else Path(os.path.commonpath([f.parent for f in files]))
+    if root == Path(root.anchor):
+        raise UnsupportedError(
+            "the files of the manifest lie in folders that share nothing but the root", file=path, actual=[*map(str, files)][:3],
+            remedy="Make a folder of links to them, and a manifest beside those",
+        )  # fmt: skip
+    relative = tuple(file.relative_to(root).as_posix() for file in files)
+    cut = len(manifest.files)
+    whole = None if manifest.whole is None else relative[cut:]
+    return root, replace(manifest, files=relative[:cut], whole=whole, base_dir=None), notes
 
 
 def no_values(path: PathLike) -> UnsupportedError:
@@ -176,7 +212,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         found = {}
         for (rank, chunk), unit in self._source.units.items():
             for name, tensor in unit.items():
-                lazy = _stored_view(tensor, number[tensor.file])
+                lazy = _stored_view(tensor, number)
                 label = name if single else f"{name}@{rank}" if not chunk else f"model{chunk}.{name}@{rank}"
                 found[label] = Tensor(self, lazy)
         return found
@@ -406,8 +442,13 @@ def _rank_number(rank: int | Mapping[str, int], layout: Layout) -> int:
     return rank
 
 
-def _stored_view(tensor: Any, file: int) -> View:
-    return View(tensor.name, tensor.dtype, leaf(0, tensor.shape, tensor.strides), ((file, tensor.offset),))
+def _stored_view(tensor: StoredTensor, number: Mapping[str, int]) -> View:
+    """A stored tensor under its own name; its runs, where there are several, are the operands."""
+    if not tensor.fragments:
+        return View(tensor.name, tensor.dtype, leaf(0, tensor.shape, tensor.strides), ((number[tensor.file], tensor.offset),))
+    joined = concat([leaf(slot, (run.elements,)) for slot, run in enumerate(tensor.fragments)], 0)
+    places = tuple((number[run.file], run.offset) for run in tensor.fragments)
+    return View(tensor.name, tensor.dtype, joined.reshape(*tensor.shape), places)
 
 
 class Tensor:
@@ -449,35 +490,28 @@ class Tensor:
             keys[at : at + 1] = [slice(None)] * (len(self.shape) - len(keys) + 1)
         if len(keys) > len(self.shape):
             raise IndexError(f"too many indices for shape {self.shape}")
-        lazy, axis = self._view.tensor, 0
-        for index in keys:
-            extent = lazy.shape[axis]
-            if isinstance(index, slice):
-                lazy, axis = lazy.slice(axis, *index.indices(extent)), axis + 1
-            else:
-                at = range(extent)[index]
-                lazy = lazy.slice(axis, at, at + 1).reshape(*lazy.shape[:axis], *lazy.shape[axis + 1 :])
-        return self._with(lazy)
+        return self._with(lambda lazy: _cut(lazy, keys))
 
     def reshape(self, *shape: int) -> Tensor:
         """The same elements under another shape."""
-        return self._with(self._view.tensor.reshape(*shape))
+        return self._with(lambda lazy: lazy.reshape(*shape))
 
     def permute(self, *axes: int) -> Tensor:
         """Axes in another order."""
-        return self._with(self._view.tensor.permute(*axes))
+        return self._with(lambda lazy: lazy.permute(*axes))
 
-    def _with(self, lazy: LazyTensor) -> Tensor:
-        return Tensor(self._checkpoint, View(self._view.name, self._view.dtype, lazy, self._view.operands))
+    def _with(self, change: Callable[[LazyTensor], LazyTensor]) -> Tensor:
+        return Tensor(self._checkpoint, self._view.mapped(change))
 
     def _bytes(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        from .executors.execute import read_box
+        from .executors.execute import read_mean
 
         if self._checkpoint.source.on_paper:
             raise no_values(self._checkpoint.path)
         paths = list(self._checkpoint.source.files)
         operands = [(paths[file], offset) for file, offset in self._view.operands]
-        return read_box(self._view.tensor.pieces, self.shape, self.dtype, operands=operands, root=self._checkpoint.path)
+        copies = [lazy.pieces for lazy in (self._view.tensor, *self._view.copies)]
+        return read_mean(copies, self.shape, self.dtype, operands=operands, root=self._checkpoint.path)
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """Read into a numpy array (bfloat16 and float8 by ml_dtypes)."""
@@ -493,6 +527,19 @@ class Tensor:
         if not data.size:
             return torch.empty(self.shape, dtype=_torch_dtype(self.dtype))
         return torch.from_numpy(data).view(_torch_dtype(self.dtype)).reshape(self.shape)
+
+
+def _cut(lazy: LazyTensor, keys: Sequence[Any]) -> LazyTensor:
+    """The part of a tensor that integers and slices name, one for each of the first axes."""
+    axis = 0
+    for index in keys:
+        extent = lazy.shape[axis]
+        if isinstance(index, slice):
+            lazy, axis = lazy.slice(axis, *index.indices(extent)), axis + 1
+        else:
+            at = range(extent)[index]
+            lazy = lazy.slice(axis, at, at + 1).reshape(*lazy.shape[:axis], *lazy.shape[axis + 1 :])
+    return lazy
 
 
 def _torch_dtype(name: str) -> torch.dtype:

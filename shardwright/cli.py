@@ -244,16 +244,16 @@ def convert(
         from .executors.progress import StderrProgress
 
         outcome = job.execute(scheduler=scheduler, overwrite=overwrite, fresh=fresh, progress=StderrProgress())
-    verified = _verified(job, options) if then_verify else None
+    verified = _verified(job, src or job.plan.source_root, options) if then_verify else None
     _finish(job, summary, outcome, verified, as_json)
 
 
-def _verified(job: Conversion, options: dict[str, Any]) -> Verification:
+def _verified(job: Conversion, source: str, options: dict[str, Any]) -> Verification:
     from .api import verify as verify_target
 
     assert job.out is not None
     hints = {name: options[name] for name in ("family", "config", "vocab_size")}
-    found = verify_target(job.out, job.plan.source_root, memory=job.memory, workers=job.workers, **hints)
+    found = verify_target(job.out, source, memory=job.memory, workers=job.workers, **hints)
     if not found.ok:
         raise VerificationError(
             "the target differs from the source", file=job.out, actual=[*found.different, *found.missing, *found.extra][:5]
@@ -264,6 +264,9 @@ def _verified(job: Conversion, options: dict[str, Any]) -> Verification:
 def _finish(job: Conversion, summary: dict[str, Any], outcome: Outcome | None, verified: Verification | None, as_json: bool) -> None:
     seconds = outcome.seconds if outcome else 0.0
     notes = [f"padding of {name}: {held}" for name, held in outcome.padding.items()] if outcome else []
+    if outcome and outcome.averaged:
+        held, elements = outcome.averaged, sum(outcome.averaged.values())
+        notes.append(f"copies differed in {elements} elements of {len(held)} tensors ({next(iter(held))}, …); their means were taken")
     summary["warnings"] += [*notes, *(outcome.notes if outcome else ())]
     result = {
         **summary,

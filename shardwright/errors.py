@@ -24,6 +24,7 @@
     │       ├── TargetExistsError (FileExistsError)
     │       └── DiskSpaceError (OSError)
     ├── ContradictionError (ValueError)             exit 4: the data contradicts the plan; target unpublished
+    │   ├── PaddingError
     │   ├── ReplicaMismatchError
     │   └── VerificationError (AssertionError)
     └── RunError (RuntimeError)                     exit 5: failed or stopped while running
@@ -48,6 +49,7 @@ __all__ = [
     "MemoryBoundError",
     "MissingTensorError",
     "ModuleMismatchError",
+    "PaddingError",
     "PlanError",
     "Refusal",
     "ReplicaMismatchError",
@@ -245,6 +247,10 @@ class ReplicaMismatchError(ContradictionError):
     """Two copies that the format says are equal differ; `places` are their (file number, offset) in the plan."""
 
     places: tuple[tuple[int, int], ...] = ()
+
+
+class PaddingError(ContradictionError):
+    """What the format says is padding is not zero: the tensors do not end where their shapes say."""
 
 
 class VerificationError(ContradictionError, AssertionError):

@@ -57,12 +57,16 @@ target_options = _options(
     click.option("--pad-vocab-to", type=click.IntRange(1), metavar="M", help="Pad the vocabulary to a multiple of M."),
     click.option(
         "--megatron-spec",
-        type=click.Choice(["te", "te-sequential", "local"]),
-        help="Megatron layer spec whose names are written (default te; te-sequential keeps experts as modules of their own).",
+        metavar="SPEC",
+        help="Megatron layer spec whose names are written: te (default), te-sequential (experts as modules of their own), local; of "
+        "deepspeed-mp: layernorm (default), transformer, gpt2, and with -v1 or -v0 the QKV rows of that checkpoint version.",
     ),
     click.option("--spelling", metavar="S", help="Which of its family's spellings a Hugging Face target has, e.g. stacked."),
     click.option("--trust-replicas", is_flag=True, help="Do not read and compare copies."),
     click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out stored tensors of that name."),
+    click.option(
+        "--optimizer", type=click.Choice(["keep", "drop"]), help="The optimizer's state. Default: keep it where the target can hold it."
+    ),
     click.option("--sha256", is_flag=True, help="Record each file's SHA-256, too: reads the finished target once more."),
     source_options,
     bounds_options,
@@ -98,6 +102,7 @@ def job_of(src: str, out: str | None, options: dict[str, Any]) -> Conversion:
         trust_replicas=options["trust_replicas"],
         drop=options["drop"],
         sha256=options["sha256"],
+        optimizer=options["optimizer"],
     )
 
 

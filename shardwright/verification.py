@@ -87,7 +87,7 @@ def verify(
     """
     own = (config, vocab_size) if source is None else (None, None)
     target = out if isinstance(out, Checkpoint) else open(out, family=family, config=own[0], vocab_size=own[1])
-    count = sum(len(unit) for unit in target.source.units.values())
+    count = sum(1 for _ in target.source.stored())
     identity = read_identity(target.source.store) or {}
     if source is None and target.source.on_paper:
         raise no_values(target.path)
@@ -99,8 +99,16 @@ def verify(
     if on_paper := next((c for c in (target, origin) if c.source.on_paper), None):
         raise no_values(on_paper.path)
     asked = target.source
-    drop = _dropped(identity)
-    request = Request(asked.format, asked.layout, dialect=asked.dialect.name, container=asked.container, spec=asked.spec, drop=drop)
+    optimizer = "keep" if asked.planes and origin.source.planes else "drop"
+    request = Request(
+        asked.format,
+        asked.layout,
+        dialect=asked.dialect.name,
+        container=asked.container,
+        spec=asked.spec,
+        drop=_dropped(identity),
+        optimizer=optimizer,
+    )
     located = locate(origin.source, request, asked)
     if located.missing or located.extra or located.different:
         return Verification("names", count, 0, located.different, located.missing, located.extra)
@@ -152,6 +160,6 @@ def _bytes(
     different = [(path, kind) for path, sums in found.items() for kind, digits in sums.items() if digits != recorded[path][kind]]
     missing = tuple(path for path in recorded if path not in present)
     bad = {path for path, _ in different} | set(missing)
-    equal = sum(tensor.file not in bad for unit in target.source.units.values() for tensor in unit.values())
+    equal = sum(tensor.file not in bad for tensor in target.source.stored())
     said = tuple(f"{path}: {kind} {found[path][kind]}, recorded {recorded[path][kind]}" for path, kind in different)
     return Verification("bytes", count, equal, said, missing, ())

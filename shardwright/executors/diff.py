@@ -2,7 +2,7 @@
 
 1. Every lane takes a slab, then the next tile of the facing's plan, until there is none or the stop flag is set.
 2. For each strip box of each tensor all parts of both halves are read into buffers that hold the box row-major, whatever
-   the layout in the files; then each copy of a part, which must equal it byte for byte.
+   the layout in the files; then each copy of a part, which must equal it byte for byte, or is averaged with it.
 3. Equal dtypes are compared byte by byte first, which is all there is to do for most strips. Where bytes differ, and where
    dtypes or schemes do, blocks of elements are compared (`elements`), values of quantised parts computed block by block.
 4. What is found is joined per tensor; the result does not depend on lanes, strips or tiles.
@@ -26,9 +26,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..planner.passes.facing import Facing, Fitted, buffers_of, fit_facing, strip_of
-from ..planner.passes.memory import itemsize, strips
+from ..planner.passes.memory import itemsize, pages, strips
 from ..planner.plan import Item, Output, Program
 from .arena import Arena
+from .averaging import Mean
 from .compare import first_difference
 from .elements import BLOCK, WORK_BYTES, Array, Found, Work, compare, numpy_dtype
 from .kernels import values_kernel
@@ -197,13 +198,19 @@ class _Lanes:
                 buffer = memory[at : at + nbytes]
                 steps = self._layouts.strip(part, begin, end)
                 self._gather(side, steps.gather, places[side], buffer, staging)
+                averages = self._layouts.programs[part].average
+                mean = Mean(output.dtype, buffer, spare[pages(nbytes) :]) if averages else None
                 for reads, partly in zip(steps.replicas, steps.partial, strict=True):
                     if reads:
                         if partly:
                             spare[:nbytes] = buffer
                         self._gather(side, reads, places[side], spare[:nbytes], staging)
-                        if (byte := first_difference(buffer, spare[:nbytes])) is not None:
+                        if mean is not None:
+                            mean.add(spare[:nbytes])
+                        elif (byte := first_difference(buffer, spare[:nbytes])) is not None:
                             self._note_copy(side, name, _place(byte // itemsize(output.dtype), whole, begin, end, output.ratio))
+                if mean is not None:
+                    mean.finish()
                 arrays.append(np.frombuffer(buffer, numpy_dtype(output.dtype)).reshape(shape))
                 at, part = at + sizes[part - self._first_part[number]], part + 1
             held.append(_Held(outputs, tuple(arrays), tuple(begin for begin, _ in boxes), half.kernel))

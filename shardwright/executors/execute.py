@@ -3,7 +3,8 @@
 `execute`: fit the memory bound → refuse, prepare or resume → lay out files → run the tiles that are not done, journaling
 them → seal → sync → publish. Whatever fails on the way leaves what the next run can go on from.
 
-`compare`: the same run with a sink that compares. `read_box` reads one box of one lazy tensor into memory.
+`compare`: the same run with a sink that compares. `read_box` reads one box of one lazy tensor into memory, `read_mean` a whole
+one whose copies may have to be averaged.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ContradictionError, PlanError
-from ..planner.passes.memory import STRIP_FLOOR, Fit, fit, itemsize, plan_nbytes, whole_items
+from ..planner.passes.memory import STRIP_FLOOR, Fit, fit, itemsize, mean_bytes, plan_nbytes, whole_items
 from ..planner.plan import Plan
 from ..planner.tensor.pieces import FILL, Piece
 from .arena import Buffer
+from .averaging import Mean
 from .compare import CompareFiles, Difference
 from .extents import Checksums
 from .host import default_workers, held_bytes, memory_room
@@ -44,7 +46,7 @@ from .watchdog import anonymous_bytes, watched
 if TYPE_CHECKING:
     from .cluster import Cluster
 
-__all__ = ["Difference", "Outcome", "compare", "execute", "fit_plan", "peak_rss_bytes", "read_box"]
+__all__ = ["Difference", "Outcome", "compare", "execute", "fit_plan", "peak_rss_bytes", "read_box", "read_mean"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class Outcome:
         By hub tensor: what its padding rows held.
     notes
         What the user should be told.
+    averaged
+        By hub tensor whose copies were averaged and not equal: how many elements differed.
     """
 
     seconds: float
@@ -74,6 +78,7 @@ class Outcome:
     tiles_resumed: int
     padding: dict[str, Padding]
     notes: tuple[str, ...] = ()
+    averaged: dict[str, int] = field(default_factory=dict)
 
 
 def fit_plan(plan: Plan, memory: int, workers: int | None = None) -> Fit:
@@ -143,7 +148,7 @@ def execute(
                     receipt = _fill(publication, fitted, cluster, progress, stop)
             publication.publish()
     for earlier in publication.done.values():
-        receipt.padding.update(earlier.padding)
+        receipt.found(earlier)
     lowered = () if usable == memory else (f"memory bound lowered to {usable} bytes: this machine or its cgroup has no more",)
     return Outcome(
         time.monotonic() - began,
@@ -155,6 +160,7 @@ def execute(
         len(publication.done),
         receipt.padding,
         (*lowered, *publication.notes),
+        receipt.averaged,
     )
 
 
@@ -294,6 +300,25 @@ def read_box(
                     gather(step, read, operands[move.slot][1], strip, staging, zeros)
     finally:
         sources.close()
+    return result
+
+
+def read_mean(
+    copies: Sequence[Sequence[Piece]],
+    shape: tuple[int, ...],
+    dtype: str,
+    *,
+    operands: Sequence[tuple[str, int]],
+    root: str | os.PathLike[str],
+) -> Buffer:
+    """The bytes of a lazy tensor, row-major; of several copies, their mean as `averaging` has it."""
+    first, *others = copies
+    result = read_box(first, shape, dtype, operands=operands, root=root)
+    if others and result.nbytes:
+        mean = Mean(dtype, result.data, memoryview(bytearray(mean_bytes(dtype, prod(shape)))))
+        for copy in others:
+            mean.add(read_box(copy, shape, dtype, operands=operands, root=root).data)
+        mean.finish()
     return result
 
 

@@ -4,8 +4,8 @@ A text file of lines, only ever appended to. A line is the CRC-32 of its JSON in
 JSON array, and a newline:
 
 * ``["shardwright journal", 1, plan hash]``, the first line;
-* ``["tile", number, bytes read, bytes written, [file, offset, nbytes, crc, …], {pivot: padding}]``, once per finished
-  tile: a CRC-32 for each contiguous range that it wrote;
+* ``["tile", number, bytes read, bytes written, [file, offset, nbytes, crc, …], {pivot: padding}, {pivot: averaged}]``, once
+  per finished tile: a CRC-32 for each contiguous range that it wrote; the last object only where it says something;
 * ``["publish", inode]``, when every file is whole and synced, before the first rename; the inode is that of ``data/``.
 
 Writing: whoever appends a line has synced what the line vouches for (`ledger`). `append` returns when the lines
@@ -127,7 +127,8 @@ def tile_line(tile: int, receipt: Receipt) -> bytes:
     """The line that vouches for a tile."""
     padding = {name: [p.zeros, p.copies, p.other, p.nbytes] for name, p in receipt.padding.items()}
     flat = [number for extent in receipt.extents for number in extent]
-    return _line(["tile", tile, receipt.bytes_read, receipt.bytes_written, flat, padding])
+    averaged = [receipt.averaged] if receipt.averaged else []
+    return _line(["tile", tile, receipt.bytes_read, receipt.bytes_written, flat, padding, *averaged])
 
 
 def publish_line(inode: int) -> bytes:
@@ -184,7 +185,7 @@ def _first(value: Any, file: object) -> str:
 
 
 def _add(found: Recorded, value: Any, tiles: int, files: Sequence[TargetFile], file: object) -> None:
-    if type(value) is list and len(value) == 6 and value[0] == "tile" and _whole(value[1], tiles - 1):
+    if type(value) is list and len(value) in (6, 7) and value[0] == "tile" and _whole(value[1], tiles - 1):
         if value[1] in found.tiles:
             raise _wrong(file, "finishes a tile twice", value[1])
         found.tiles[value[1]] = _receipt(value, files, file)
@@ -195,7 +196,7 @@ def _add(found: Recorded, value: Any, tiles: int, files: Sequence[TargetFile], f
 
 
 def _receipt(value: list[Any], files: Sequence[TargetFile], file: object) -> Receipt:
-    _, tile, read, written, flat, padding = value
+    _, tile, read, written, flat, padding, averaged = value if len(value) == 7 else (*value, {})
     if not (_whole(read, _LARGEST) and _whole(written, _LARGEST) and type(flat) is list and len(flat) % 4 == 0 and type(padding) is dict):
         raise _wrong(file, "has a malformed line", f"tile {tile}")
     extents: list[Extent] = []
@@ -209,7 +210,9 @@ def _receipt(value: list[Any], files: Sequence[TargetFile], file: object) -> Rec
         if type(counts) is not list or len(counts) != 4 or not all(_whole(n, _LARGEST) for n in counts):
             raise _wrong(file, "has a malformed line", f"tile {tile}: padding of {name[:80]}")
         held[name] = Padding(*counts)
-    return Receipt(read, written, held, extents)
+    if type(averaged) is not dict or not all(_whole(count, _LARGEST) for count in averaged.values()):
+        raise _wrong(file, "has a malformed line", f"tile {tile}: averages")
+    return Receipt(read, written, held, extents, averaged=averaged)
 
 
 def _whole(value: object, most: int) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Padding", "classify"]
+__all__ = ["Padding", "all_zero", "classify"]
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ def classify(
     """
     found.nbytes += nbytes
     if nbytes % row or row > len(staging):
-        _add(found, 1, int(_all_zero(read, offset, nbytes, staging)), 0)
+        _add(found, 1, int(all_zero(read, offset, nbytes, staging)), 0)
         return
     block = len(staging) // row * row
     for at in range(0, nbytes, block):
@@ -71,7 +71,8 @@ def _add(found: Padding, rows: int, zeros: int, copies: int) -> None:
     found.other += rows - zeros - copies
 
 
-def _all_zero(read: Callable[[int, Sequence[memoryview]], None], offset: int, nbytes: int, staging: memoryview) -> bool:
+def all_zero(read: Callable[[int, Sequence[memoryview]], None], offset: int, nbytes: int, staging: memoryview) -> bool:
+    """Whether a contiguous range holds nothing but zero bytes; all of it is read."""
     clean = True
     for at in range(0, nbytes, len(staging)):
         part = staging[: min(len(staging), nbytes - at)]

@@ -3,12 +3,14 @@
 1. The lane's slab is cut into the buffers that the memory model counted: pivot strip, staging, compare strip, one strip
    per output, scratch.
 2. Source pieces inside the box are read into the pivot strip. Each replica is read into the compare strip (which starts
-   as a copy where the replica covers the box only in part) and must be equal, byte for byte.
+   as a copy where the replica covers the box only in part) and must be equal, byte for byte; or it is averaged with the
+   pivot (`averaging`), and how many elements differed goes into the receipt.
 3. The value op's kernel fills the output strips; without one the pivot strip is the output.
 4. Each output's pieces inside the box are written to their targets. Where a target is memory, and the box goes to one run of
    it as it is, step 2 reads straight into that.
 5. With the last box of a pivot its `zeros` are written, and its `padding` is read and classified: zeros, copies of the
-   last real row, or other values. What was found goes into the receipt, not into the target.
+   last real row, or other values. What was found goes into the receipt, not into the target. Padding that must be zero is
+   refused where it is not.
 
 Boundary: works through `SourceFiles` and a `Sink`, with a `Witness` between; knows tiles as lists of `Job` and nothing of
 plans, lanes or clusters.
@@ -23,16 +25,17 @@ from math import prod
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import ReplicaMismatchError
+from ..errors import PaddingError, ReplicaMismatchError
 from ..planner.passes.memory import Slab, itemsize, slab, strips
 from ..planner.plan import Program
 from ..planner.tensor.pieces import FILL, align
 from .arena import Buffer
+from .averaging import Mean
 from .compare import first_difference
 from .extents import Extent, Sink, Witness
 from .layouts import Layouts, Reads, Shape, Strip, Writes, extents_of, output_box
 from .move import offsets
-from .padding import Padding, classify
+from .padding import Padding, all_zero, classify
 from .sources import SourceFiles
 from .transfer import gather, scatter
 
@@ -72,6 +75,8 @@ class Receipt:
     ----------
     padding
         By pivot tensor: what its padding held.
+    averaged
+        By pivot tensor whose copies were averaged: how many elements differed, where any did.
     extents
         A tile's: what it wrote, with checksums.
     sources
@@ -83,12 +88,19 @@ class Receipt:
     padding: dict[str, Padding] = field(default_factory=dict)
     extents: list[Extent] = field(default_factory=list)
     sources: frozenset[int] = frozenset()
+    averaged: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Receipt) -> None:
-        """Count another receipt's bytes and padding in."""
+        """Count another receipt's bytes, padding and averages in."""
         self.bytes_read += other.bytes_read
         self.bytes_written += other.bytes_written
+        self.found(other)
+
+    def found(self, other: Receipt) -> None:
+        """Count in what another receipt says of padding and averages, as its bytes are not this run's."""
         self.padding.update(other.padding)
+        for name, count in other.averaged.items():
+            self.averaged[name] = self.averaged.get(name, 0) + count
 
 
 class _Buffers(NamedTuple):
@@ -97,6 +109,7 @@ class _Buffers(NamedTuple):
     compare: memoryview
     outputs: tuple[memoryview, ...]
     scratch: memoryview
+    mean: memoryview
 
 
 class Runner:
@@ -138,6 +151,8 @@ class Runner:
         ------
         ReplicaMismatchError
             Two copies differ.
+        PaddingError
+            Padding that must be zero is not.
         Stopped
             The stop flag was set; the tile is not complete.
         """
@@ -172,13 +187,18 @@ class Runner:
             receipt.bytes_written += nbytes
             return
         receipt.bytes_read += self._gather(job, steps.gather, buffers.pivot, buffers.staging)
+        mean = Mean(program.dtype, buffers.pivot[:nbytes], buffers.mean) if program.average else None
         for index, reads in enumerate(steps.replicas):
             if reads:
                 if steps.partial[index]:
                     buffers.compare[:nbytes] = buffers.pivot[:nbytes]
                 receipt.bytes_read += self._gather(job, reads, buffers.compare, buffers.staging)
-                if (at := first_difference(buffers.pivot[:nbytes], buffers.compare[:nbytes])) is not None:
+                if mean is not None:
+                    mean.add(buffers.compare[:nbytes])
+                elif (at := first_difference(buffers.pivot[:nbytes], buffers.compare[:nbytes])) is not None:
                     raise self._mismatch(job, program, index, lo, hi, at)
+        if mean is not None and (count := mean.finish()):
+            receipt.averaged[job.name] = receipt.averaged.get(job.name, 0) + count
         sides: Sequence[memoryview] = [buffers.pivot] * len(steps.scatter)
         if program.op is not None:
             _compute(program, lo, hi, buffers)
@@ -239,14 +259,29 @@ class Runner:
             size = itemsize(program.dtype)
             row = prod(program.shape[1:]) * size
             real = _last_row(program, last, buffers.pivot, row, size)
-            found = receipt.padding[job.name] = Padding()
+            found = Padding()
             for piece in program.padding:
                 number, base = job.sources[piece.slot]
                 start, ranges, nbytes = extents_of(piece, size)
                 with self.sources.reading(number) as read:
                     for offset, _ in offsets(ranges, base + start):
-                        classify(found, read, offset, nbytes, row, real, buffers.staging)
+                        if piece.slot not in program.blank:
+                            classify(found, read, offset, nbytes, row, real, buffers.staging)
+                        elif not all_zero(read, offset, nbytes, buffers.staging):
+                            raise self._not_blank(job, number, offset, nbytes)
                         receipt.bytes_read += nbytes
+            if found.nbytes:
+                receipt.padding[job.name] = found
+
+    def _not_blank(self, job: Job, number: int, offset: int, nbytes: int) -> PaddingError:
+        return PaddingError(
+            "the padding of a flat partition is not zero, so its tensors do not end where their shapes say",
+            tensor=job.name,
+            file=self.sources.files[number].path,
+            expected="zeros",
+            actual=f"other values in bytes {offset} … {offset + nbytes - 1}",
+            remedy="Copy the checkpoint again; a file of another run may lie in its place",
+        )
 
     def _mismatch(self, job: Job, program: Program, replica: int, lo: Shape, hi: Shape, at: int) -> ReplicaMismatchError:
         """The error for byte `at` of the strip: which element, and the two files that disagree on it."""
@@ -277,10 +312,10 @@ def _no_file(offset: int, buffers: Sequence[memoryview]) -> None:
 
 def _carve(memory: memoryview, sizes: Slab) -> _Buffers:
     at, parts = 0, []
-    for nbytes in (sizes.pivot, sizes.staging, sizes.compare, *sizes.outputs, sizes.scratch):
+    for nbytes in (sizes.pivot, sizes.staging, sizes.compare, *sizes.outputs, sizes.scratch, sizes.mean):
         parts.append(memory[at : at + nbytes])
         at += nbytes
-    return _Buffers(parts[0], parts[1], parts[2], tuple(parts[3:-1]), parts[-1])
+    return _Buffers(parts[0], parts[1], parts[2], tuple(parts[3:-2]), parts[-2], parts[-1])
 
 
 def _compute(program: Program, lo: Shape, hi: Shape, buffers: _Buffers) -> None:

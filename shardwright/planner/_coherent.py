@@ -23,6 +23,7 @@ from math import prod
 import numpy as np
 
 from ._strict import LIMIT, fail
+from .passes.memory import averageable
 from .plan import KERNELS, SEAL_DIGITS, Bindings, Output, Plan, Program, TargetFile, TensorEntry
 from .schemes import SCHEMES
 from .tensor.dtypes import BY_NAME
@@ -135,6 +136,11 @@ def _program(program: Program, bound: Bindings, where: str, kernels: set[str]) -
         _piece(piece, f"{where}.gather", sources, size)
     for piece in program.padding:
         _region(piece, f"{where}.padding", sources)
+    read = {piece.slot for piece in (*program.gather, *(p for r in program.replicas for p in r))}
+    if wrong := [operand for operand in program.blank if operand in read or not 0 <= operand < sources]:
+        fail(f"{where}.blank", "names an operand that is not padding alone", actual=wrong[0])
+    if program.average and not averageable(program.dtype):
+        fail(f"{where}.average", "is of a dtype that has no mean", actual=program.dtype)
     if program.op is None:
         if len(program.outputs) != 1 or program.outputs[0].dtype != program.dtype:
             fail(f"{where}.outputs", "of a plain copy is not one tensor of its dtype")

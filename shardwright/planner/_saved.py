@@ -241,7 +241,8 @@ def _read_seals(value: object, files: int) -> list[tuple[int, Seal]]:
 
 
 def _read_program(value: object, where: str) -> Program:
-    found = record(value, where, ("label", "dtype", "shape", "gather", "replicas", "padding", "op", "outputs", "cut", "whole"))
+    keys = ("label", "dtype", "shape", "gather", "replicas", "padding", "op", "outputs", "cut", "whole")
+    found = record(value, where, keys, ("average", "blank"))
     return Program(
         text(found["label"], f"{where}.label"),
         pick(found["dtype"], f"{where}.dtype", BY_NAME),
@@ -253,6 +254,8 @@ def _read_program(value: object, where: str) -> Program:
         tuple(_read_output(o, f"{where}.outputs[{i}]") for i, o in enumerate(items(found["outputs"], f"{where}.outputs", most=16))),
         tuple(column(items(found["cut"], f"{where}.cut", most=2), f"{where}.cut", high=MAX_AXES)),
         flag(found["whole"], f"{where}.whole"),
+        average=flag(found.get("average", False), f"{where}.average"),
+        blank=tuple(column(items(found.get("blank", []), f"{where}.blank"), f"{where}.blank")),
     )
 
 

@@ -32,13 +32,14 @@ def fail(where: str, what: str, expected: object = None, actual: object = None) 
     raise PlanError(f"the saved plan's {where} {what}", expected=expected, actual=actual, remedy="Plan again")
 
 
-def record(value: object, where: str, keys: Iterable[str]) -> dict[str, Any]:
-    """An object with exactly these keys."""
+def record(value: object, where: str, keys: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
+    """An object with exactly these keys, and perhaps some of the optional ones."""
     if type(value) is not dict:
         fail(where, "is not an object", actual=type(value).__name__)
     wanted = set(keys)
+    known = wanted.union(optional)
     for key in value:
-        if key not in wanted:
+        if key not in known:
             fail(where, f"has an unknown key {str(key)[:80]!r}")
     for key in wanted:
         if key not in value:

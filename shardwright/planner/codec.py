@@ -218,6 +218,8 @@ def _program(program: Program) -> dict[str, Any]:
         ],
         "cut": list(program.cut),
         "whole": program.whole,
+        **({"average": True} if program.average else {}),
+        **({"blank": list(program.blank)} if program.blank else {}),
     }
 
 

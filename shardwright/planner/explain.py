@@ -136,8 +136,9 @@ def _op(program: Program, operand: int) -> Iterator[str]:
 
 def _replicas(places: Places, number: int, row: int) -> Iterator[str]:
     program = places.plan.programs[number]
+    what = "averaged with" if program.average else "compared with"
     for replica in program.replicas:
-        yield f"  compared with a copy in {_names(places, number, row, sorted({p.slot for p in replica}))}"
+        yield f"  {what} a copy in {_names(places, number, row, sorted({p.slot for p in replica}))}"
 
 
 def _names(places: Places, number: int, row: int, operands: Sequence[int]) -> str:
@@ -189,8 +190,10 @@ def _hub(places: Places, name: str, number: int, row: int) -> Iterator[str]:
     yield f"  {program.dtype} {list(program.shape)}" + ("" if joined == name else f", moved as one with its neighbours: {joined}")
     yield f"  read from {_names(places, number, row, operands_of(program))}"
     yield from _replicas(places, number, row)
-    if program.padding:
-        yield f"  padding rows of the source that are checked and not copied: {len(program.padding)} regions"
+    if rows := len(program.padding) - len(program.blank):
+        yield f"  padding rows of the source that are checked and not copied: {rows} regions"
+    if program.blank:
+        yield f"  padding that must be zero: {_names(places, number, row, program.blank)}"
     if program.op is not None:
         yield f"  value op: {program.op.name}"
     held = [(operand, places.target(number, row, operand)) for operand in range(plan.bindings[number].target_file.shape[1])]
@@ -207,7 +210,7 @@ def _source(places: Places, tensor: TensorEntry) -> Iterator[str]:
     for use in places.readers(tensor):
         program, bound = plan.programs[use.program], plan.bindings[use.program]
         if use.operand not in operands_of(program):
-            yield f"  a copy of {bound.names[use.row]}: compared, not stored again"
+            yield f"  a copy of {bound.names[use.row]}: {'averaged with it' if program.average else 'compared'}, not stored again"
             continue
         stored = []
         for operand in range(bound.target_file.shape[1]):

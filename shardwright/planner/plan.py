@@ -119,9 +119,11 @@ class Program:
         ``dst`` is the pivot, ``src`` the source operand `slot`. Covers the pivot once.
     replicas
         Further copies of (parts of) the pivot that must equal it; each is compared while its tile is in memory.
+    average
+        The replicas, each of the whole pivot, may differ from it: the mean of all copies takes its place.
     padding
-        Source elements that are not part of the model (vocabulary rows): ``src`` is the source operand, ``dst`` strides
-        are 0. They are read and classified (zeros, copies of the last row, other values), not copied.
+        Source elements that are not part of the model (vocabulary rows, ends of flat partitions): ``src`` is the source
+        operand, ``dst`` strides are 0. They are read and classified (zeros, copies of the last row, other values), not copied.
     op
         Between pivot and outputs, or None for a plain copy.
     outputs
@@ -130,6 +132,8 @@ class Program:
         Axes along which the pivot is cut into tiles: none, one or two.
     whole
         Whether an item must be gathered whole before it is scattered (a transpose), not in strips.
+    blank
+        Source operands that hold nothing but padding which must be zero.
     """
 
     label: str
@@ -142,6 +146,8 @@ class Program:
     outputs: tuple[Output, ...]
     cut: tuple[int, ...]
     whole: bool
+    average: bool = False
+    blank: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -31,6 +31,8 @@ class Request:
         Do not read and compare copies.
     drop
         Patterns of stored names to leave out.
+    optimizer
+        ``"keep"`` or ``"drop"`` what the source has of the optimizer's state; None keeps it where the target can hold it.
     sha256
         Record each file's SHA-256, too; the finished target is read once more for it.
     """
@@ -47,6 +49,7 @@ class Request:
     trust_replicas: bool = False
     drop: tuple[str, ...] = ()
     sha256: bool = False
+    optimizer: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""

@@ -54,9 +54,15 @@ class Store(Protocol):
 
 
 class LocalStore:
-    """A directory, or a single file (then the root is its folder and `only` its name)."""
+    """A directory, or a single file (then the root is its folder and `only` its name).
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    Parameters
+    ----------
+    names
+        The files that `list` tells, where the folder is not to be walked.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], names: tuple[str, ...] | None = None) -> None:
         given = Path(path)
         if not given.exists():
             raise CheckpointError("no such file or directory", file=given)
@@ -64,7 +70,7 @@ class LocalStore:
             raise CheckpointError("neither a folder nor a regular file", file=given)
         self.only = given.name if given.is_file() else None
         self._root = given.parent if given.is_file() else given
-        self._names: tuple[str, ...] | None = None
+        self._names = names
 
     @property
     def root(self) -> str:

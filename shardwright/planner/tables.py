@@ -12,7 +12,8 @@ family makes a stored tensor of them; ``spellings`` names the variants of those 
 
 Names count ``{layer}``, and ``{layer}`` with ``{expert}``. A row whose hub tensors count experts stores one tensor per
 expert, or, where its own name does not count them, one for all that a rank holds: the operations before ``stack_experts``
-make each expert's part. Boundary: no checkpoint, no shapes yet.
+make each expert's part. Copies of a row on several ranks are equal, and compared; ``copies = "average"`` says that the ranks
+of some systems drift apart and that the mean is meant. Boundary: no checkpoint, no shapes yet.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -175,7 +177,8 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A stored tensor as a layout of hub tensors; `names` by spec (one key, ``""``, without specs)."""
+    """A stored tensor as a layout of hub tensors; `names` by spec (one key, ``""``, without specs). `average`: its copies on
+    several ranks may differ, and their mean is read."""
 
     names: Mapping[str, str]
     hub: tuple[str, ...]
@@ -183,6 +186,7 @@ class Row:
     split: str
     stage: str
     when: Expression
+    average: bool = False
 
     @property
     def experts(self) -> str:
@@ -407,16 +411,8 @@ def _variants(table: dict[str, Any], key: str, origin: str) -> tuple[str, ...]:
 
 
 def _row(entry: dict[str, Any], specs: tuple[str, ...], where: str) -> Row:
-    known_keys(entry, {"name", "hub", "layout", "split", "stage", "when"}, where, "a row")
-    name = entry.get("name")
-    names = dict.fromkeys(specs or ("",), name) if isinstance(name, str) else name
-    if (
-        not isinstance(names, dict)
-        or not names
-        or not all(isinstance(n, str) for n in names.values())
-        or not set(names) <= set(specs or ("",))
-    ):
-        raise TableError("a row needs a name, or one per spec", file=where, expected=list(specs) or "a string", actual=short(name))
+    known_keys(entry, {"name", "hub", "layout", "split", "stage", "when", "copies"}, where, "a row")
+    names = _names_of(entry.get("name"), specs or ("",), where)
     hub = tuple(texts_of(entry, "hub", where))
     if not hub:
         raise TableError("a row needs the hub tensors it is made of", file=where)
@@ -425,6 +421,9 @@ def _row(entry: dict[str, Any], specs: tuple[str, ...], where: str) -> Row:
         raise TableError("a row of several hub tensors needs a layout that joins them", file=where, actual=short(list(hub)))
     stage = entry.get("stage", "layer" if "{layer}" in hub[0] else "first")
     _stacked(layout, list(names.values()), hub, where)
+    average = _choice(entry.get("copies", "equal"), ("equal", "average"), where, "kind of copies") == "average"
+    if average and (len(hub) > 1 or layout):
+        raise TableError("copies are averaged of a row that is one hub tensor as it is", file=where, actual=short(list(hub)))
     return Row(
         names,
         hub,
@@ -432,7 +431,24 @@ def _row(entry: dict[str, Any], specs: tuple[str, ...], where: str) -> Row:
         _choice(entry.get("split", "none"), SPLITS, where, "split"),
         _stage(stage, [*names.values(), *hub], None, where),
         parse(entry.get("when", "true"), f"{where} when"),
+        average,
     )
+
+
+def _names_of(name: Any, specs: Sequence[str], where: str) -> dict[str, str]:
+    """A row's name in each spec: one for all of them, or a table of names by spec, where ``"te*"`` is all specs of that pattern."""
+    given: Any = {"*": name} if isinstance(name, str) else name
+    if not isinstance(given, dict) or not given or not all(isinstance(n, str) for n in given.values()):
+        raise TableError("a row needs a name, or one per spec", file=where, expected=list(specs), actual=short(name))
+    names: dict[str, str] = {}
+    for pattern, text in given.items():
+        found = [spec for spec in specs if fnmatchcase(spec, pattern)]
+        if not found or any(spec in names for spec in found):
+            what = "names a spec twice" if found else "needs a name, or one per spec"
+            raise TableError(f"a row {what}", file=where, expected=list(specs), actual=short(pattern))
+        for spec in found:
+            names[spec] = text
+    return {spec: names[spec] for spec in specs if spec in names}
 
 
 def _stacked(layout: Sequence[tuple[str, Any]], names: Sequence[str], hub: Sequence[str], where: str) -> None:

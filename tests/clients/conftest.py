@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.clients import hf_models
+from tests.clients.deepspeed import DeepSpeed, Job, Run
+from tests.clients.deepspeed_stack import STACKS
 from tests.clients.mcore import Megatron
 
 if TYPE_CHECKING:
@@ -38,6 +40,41 @@ def mcore() -> Iterator[Megatron]:
     """One Megatron server for the session; see `mcore.Megatron.logits`."""
     with Megatron() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def deepspeed() -> Iterator[DeepSpeed]:
+    """One DeepSpeed server for the session."""
+    with DeepSpeed() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def trained(deepspeed: DeepSpeed, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """``trained("llama", stage=2, …)``: the run of that `Job`, made by the first call. Leave its folder unchanged."""
+    made: dict[Job, Run] = {}
+
+    def run(model: str, **options: Any) -> Run:
+        job = Job(model, **options)
+        if job not in made:
+            made[job] = deepspeed.train(job, tmp_path_factory.mktemp("deepspeed") / "run")
+        return made[job]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def universal(deepspeed: DeepSpeed, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Run], Path]:
+    """What ``ds_to_universal`` makes of a run: the folder with ``latest_universal``, made by the first call."""
+    made: dict[Path, Path] = {}
+
+    def convert(run: Run) -> Path:
+        if run.folder not in made:
+            out = tmp_path_factory.mktemp("universal") / "run"
+            made[run.folder] = deepspeed.to_universal(run.tag, out, inject=run.job.model not in STACKS)
+        return made[run.folder]
+
+    return convert
 
 
 @pytest.fixture(scope="session")

@@ -310,6 +310,7 @@ def test_bin_files_hold_the_same_tensors(hf_case: Callable[..., Path]) -> None:
 
 
 def test_helpers_import_without_clients() -> None:
-    code = "import sys, tests.clients.conftest, tests.clients.test_harness; print(*({'megatron', 'transformers'} & set(sys.modules)))"
+    modules = "sys, tests.clients.conftest, tests.clients.test_harness, tests.clients.test_deepspeed_harness"
+    code = f"import {modules}; print(*({{'deepspeed', 'megatron', 'transformers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not done.stdout.split()

@@ -331,3 +331,23 @@ def test_the_nested_names_of_older_megatron(tmp_path):
     assert (opened.family, opened.source.dialect.name) == ("gpt2", "megatron-nested")
     sw.convert(opened, tmp_path / "new", to="huggingface")
     assert ref.differences({0: model.stored(hub)}, {0: ref.read_huggingface(tmp_path / "new")}) == []
+
+
+@pytest.mark.parametrize("version", [0, 1.0, None])
+def test_nested_files_of_versions_below_two(version, tmp_path):
+    """Megatron-LM's own nested files, QKV rows in the order of their checkpoint version; without one, of version 0."""
+    from tests.unit import deepspeed_reference as ds
+
+    model = MODELS["gpt2"]
+    hub = model.hub()
+    ranks = ds.mp_ranks(hub, model.kv, model.head_dim, 2, "transformer", int(version or 0))
+    for tp, held in enumerate(ranks):
+        folder = tmp_path / "old" / "iter_0000007" / f"mp_rank_{tp:02d}"
+        folder.mkdir(parents=True)
+        state = {"iteration": 7, "model": ds.nested(ds.tensors(held))}
+        torch.save(state if version is None else state | {"checkpoint_version": version}, folder / "model_optim_rng.pt")
+    (tmp_path / "config.json").write_text(json.dumps(model.raw()))
+    opened = sw.open(tmp_path / "old", config=tmp_path / "config.json")
+    assert (opened.format, opened.source.spec) == ("megatron-legacy", f"transformer-v{int(version or 0)}")
+    sw.convert(opened, tmp_path / "new", to="huggingface")
+    assert ref.differences({0: model.stored(hub)}, {0: ref.read_huggingface(tmp_path / "new")}) == []

@@ -96,7 +96,9 @@ def test_replicas_and_ops_have_their_buffers():
     op = ValueOp("int8", "m:f", (1, 0), 2)
     outputs = (Output("int8", (256, 1024), (1, 1), pieces), Output("bfloat16", (256, 1), (1, 1024), leaf(1, (256, 1)).pieces))
     quantise = program((256, 1024), op=op, outputs=outputs)
-    assert slab(quantise, MIB) == (512 << 10, MIB, 0, (256 << 10, 4096), 512 << 10)
+    assert slab(quantise, MIB) == (512 << 10, MIB, 0, (256 << 10, 4096), 512 << 10, 0)
+    mean = program((256, 1024), replicas=(pieces,), average=True)
+    assert slab(mean, MIB) == (512 << 10, MIB, 512 << 10, (), 0, 256 * 1024 * 5)
     assert fit([quantise], 1 << 30, 1, 0).base_bytes == TORCH_BASE_BYTES
 
 

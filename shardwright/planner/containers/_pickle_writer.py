@@ -2,7 +2,8 @@
 
 1. The tree of plain values and stand-ins is walked once, depth first; each kind of value has one emitter.
 2. What torch or argparse would have reduced to a global and its arguments is written so, by name: nothing is imported.
-3. A `TensorRef` becomes a rebuild call on a persistent id; `place` says which tensor it is and under which key it lies.
+3. A `TensorRef` becomes a rebuild call on a persistent id; `place` says which tensor it is and under which key it lies. A
+   `TensorValue` becomes the same, and `keep` stores its bytes.
 4. Strings and globals are memoised; nothing else is, so equal trees give equal bytes.
 
 Boundary: pure, no IO.
@@ -20,29 +21,35 @@ from typing import Any
 from ...errors import UnsupportedError, UsageError
 from ..tensor.dtypes import BY_NAME
 from ._pickle_names import STORAGES
-from ._torch_objects import Inert, Namespace, TensorRef, TorchDtype, TorchSize
+from ._torch_objects import Inert, Namespace, TensorRef, TensorValue, TorchDtype, TorchSize
 from .base import TensorSpec
 
 __all__ = ["dump", "torch_dtype"]
 
 _STORAGE_OF = {dtype: f"{name}Storage" for name, dtype in STORAGES.items()}
+_SCALERS = tuple(("deepspeed.runtime.fp16.loss_scaler", name) for name in ("LossScaler", "DynamicLossScaler"))
+"""Objects that may be written as they were read: plain attributes of a class that the reader of the file has anyway."""
 _TORCH_NAMES = {"float4_e2m1fn": "float4_e2m1fn_x2", "float6_e2m3": None, "float6_e3m2": None}
 
 
-def dump(tree: Any, place: Callable[[str], tuple[TensorSpec, str]], *, file: str) -> bytes:
+def dump(
+    tree: Any, place: Callable[[str], tuple[TensorSpec, str]], *, file: str, keep: Callable[[TensorValue], str] | None = None
+) -> bytes:
     """The pickle of `tree`.
 
     Parameters
     ----------
     place
         From a `TensorRef`'s name to the tensor and its storage key.
+    keep
+        From a `TensorValue` to its storage key.
 
     Raises
     ------
     UnsupportedError
         The tree holds something that is no plain value; names its path.
     """
-    writer = _Writer(place, file)
+    writer = _Writer(place, keep, file)
     writer.out += pickle.PROTO + b"\x02"
     try:
         writer.emit(tree, "")
@@ -60,9 +67,10 @@ def torch_dtype(name: str, *, file: str, tensor: str | None) -> str:
 
 
 class _Writer:
-    def __init__(self, place: Callable[[str], tuple[TensorSpec, str]], file: str) -> None:
+    def __init__(self, place: Callable[[str], tuple[TensorSpec, str]], store: Callable[[TensorValue], str] | None, file: str) -> None:
         self.out = bytearray()
         self.place = place
+        self.store = store
         self.file = file
         self.memo: dict[str | tuple[str, str], int] = {}
         self.emitters: dict[type, Callable[[Any, str], None]] = {
@@ -85,7 +93,8 @@ class _Writer:
             TorchDtype: lambda v, p: self.name("torch", v.name),
             Namespace: self.namespace,
             Inert: self.inert,
-            TensorRef: self.tensor,
+            TensorRef: lambda v, p: self.rebuild(*self.place(v.name), p),
+            TensorValue: self.value,
         }
 
     def emit(self, value: Any, path: str) -> None:
@@ -180,6 +189,12 @@ class _Writer:
         self.op(pickle.BUILD)
 
     def inert(self, value: Inert, path: str) -> None:
+        if (value.module, value.name) in _SCALERS and not value.args and isinstance(value.state, dict):
+            self.name(value.module, value.name)
+            self.op(pickle.EMPTY_TUPLE, pickle.NEWOBJ)
+            self.mapping(value.state, path)
+            self.op(pickle.BUILD)
+            return
         if (value.module, value.name) != ("io", "BytesIO") or value.args is None:
             # Handing on what a pickle asked for would put our name under somebody else's code.
             raise UnsupportedError(
@@ -189,8 +204,12 @@ class _Writer:
             )
         self.call("_io", "BytesIO", value.args, path)
 
-    def tensor(self, value: TensorRef, path: str) -> None:
-        spec, key = self.place(value.name)
+    def value(self, value: TensorValue, path: str) -> None:
+        if self.store is None or len(value.data) != BY_NAME[value.dtype].nbytes(prod(value.shape)):
+            raise UsageError(f"the tensor at {path!r} has other bytes than its shape says", file=self.file)
+        self.rebuild(TensorSpec(path, value.dtype, value.shape), self.store(value), path)
+
+    def rebuild(self, spec: TensorSpec, key: str, path: str) -> None:
         known = torch_dtype(spec.dtype, file=self.file, tensor=spec.name)
         typed = _STORAGE_OF.get(spec.dtype)
         shape = spec.shape if known == spec.dtype else (*spec.shape[:-1], spec.shape[-1] // 2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Inert", "Namespace", "TensorRef", "TorchDtype", "TorchSize"]
+__all__ = ["Inert", "Namespace", "TensorRef", "TensorValue", "TorchDtype", "TorchSize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,23 @@ class TensorRef:
     """A tensor's place in the tree; its bytes are the `StoredTensor` or `TensorSpec` of that name."""
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorValue:
+    """A small tensor whose bytes are known before any data moves, such as a step count; only written, never read as such.
+
+    Attributes
+    ----------
+    dtype, shape
+        torch's name, and its extents.
+    data
+        Its elements, row-major, little-endian.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)

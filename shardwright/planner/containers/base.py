@@ -13,17 +13,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple, Protocol
 
 from ..store import Store
 
-__all__ = ["Container", "ContainerIndex", "Crc", "FileLayout", "Placement", "StoredTensor", "TensorSpec", "UnitLayout"]
+__all__ = [
+    "Container",
+    "ContainerIndex",
+    "Crc",
+    "Cut",
+    "FileLayout",
+    "Fragment",
+    "Placement",
+    "StoredTensor",
+    "TensorSpec",
+    "UnitLayout",
+]
 
 Shape = tuple[int, ...]
 
 
+class Fragment(NamedTuple):
+    """A run of elements that lie one after the other in a file: its path, the byte offset of the first, how many they are."""
+
+    file: str
+    offset: int
+    elements: int
+
+
+class Cut(NamedTuple):
+    """How a tensor lies that is no single run: elements of each fragment, and of each region of padding beside it."""
+
+    sizes: tuple[int, ...]
+    blanks: tuple[int, ...]
+
+
 class StoredTensor(NamedTuple):
-    """A tensor that lies in a file.
+    """A tensor that lies in a file, or in pieces of several.
 
     Attributes
     ----------
@@ -39,6 +66,11 @@ class StoredTensor(NamedTuple):
         Byte offset in the file of element ``[0, …, 0]``.
     strides
         In elements, or None when row-major contiguous.
+    fragments
+        Where the tensor is not in one place: runs that follow one another in its row-major order and make it up; `file` and
+        `offset` are the first one's then, and `strides` is None.
+    blanks
+        Padding that belongs to it and must be zero: the run refuses the checkpoint where it is not.
     """
 
     name: str
@@ -47,6 +79,20 @@ class StoredTensor(NamedTuple):
     file: str
     offset: int
     strides: Shape | None = None
+    fragments: tuple[Fragment, ...] = ()
+    blanks: tuple[Fragment, ...] = ()
+
+    @property
+    def form(self) -> Shape | Cut | None:
+        """How it lies: None for one row-major run, its strides, or how it is cut."""
+        if not self.fragments and not self.blanks:
+            return self.strides
+        return Cut(tuple(f.elements for f in self.runs), tuple(b.elements for b in self.blanks))
+
+    @property
+    def runs(self) -> tuple[Fragment, ...]:
+        """Its fragments; the one that a tensor in one place is, too."""
+        return self.fragments or (Fragment(self.file, self.offset, prod(self.shape)),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,13 +23,13 @@ from ..store import Store
 from ..tensor.dtypes import BY_NAME, DType
 from ._pickle_names import RawTensor, Storage
 from ._pickle_writer import dump, torch_dtype
-from ._torch_objects import Inert, Namespace, TensorRef, TorchDtype, TorchSize
+from ._torch_objects import Inert, Namespace, TensorRef, TensorValue, TorchDtype, TorchSize
 from ._torch_tree import grow
 from ._unpickle import unpickle
 from ._zip import ALIGNMENT, Directory, Layout, Member, read_directory
 from .base import ContainerIndex, Placement, StoredTensor, TensorSpec, UnitLayout
 
-__all__ = ["Inert", "Namespace", "TensorRef", "TorchDtype", "TorchSize", "TorchZip"]
+__all__ = ["Inert", "Namespace", "TensorRef", "TensorValue", "TorchDtype", "TorchSize", "TorchZip"]
 
 MAX_PICKLE = 1 << 28
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -80,21 +80,26 @@ class TorchZip:
     ) -> UnitLayout:
         """Lay out one file at `path`.
 
-        `objects` is the tree to save, each tensor a `TensorRef`; without it, one flat dict of all tensors. A tensor that the
-        tree mentions twice is stored once.
+        `objects` is the tree to save, each tensor a `TensorRef` or a `TensorValue`; without it, one flat dict of all tensors. A
+        tensor that the tree mentions twice is stored once. What lies under ``""`` alone is saved itself, as it would be read.
         """
         if metadata:
             raise UnsupportedError("a torch file has no metadata of its own", file=path, remedy="Put it into the tree")
         numbering = _Numbering(tensors, path)
-        tree = dict(objects) if objects is not None else {spec.name: TensorRef(spec.name) for spec in tensors}
-        pickled = dump(tree, numbering.place, file=path)
+        tree: Any = dict(objects) if objects is not None else {spec.name: TensorRef(spec.name) for spec in tensors}
+        pickled = dump(tree[""] if list(tree) == [""] else tree, numbering.place, file=path, keep=numbering.keep)
         numbering.check()
         layout = Layout(path, _archive(path))
         layout.add("data.pkl", pickled)
         layout.add(".format_version", b"1")
         layout.add(".storage_alignment", str(ALIGNMENT).encode())
         layout.add("byteorder", b"little")
-        offsets = {name: layout.reserve(f"data/{key}", _nbytes(numbering.specs[name], path)) for name, key in numbering.keys.items()}
+        offsets = {}
+        for number, stored in enumerate(numbering.stored):
+            if isinstance(stored, TensorValue):
+                layout.add(f"data/{number}", stored.data)
+            else:
+                offsets[stored] = layout.reserve(f"data/{number}", _nbytes(numbering.specs[stored], path))
         layout.add("version", b"3\n")
         # torch derives it from the checksums of the data, which are not known yet; it only has to be there and to differ.
         layout.add(".data/serialization_id", f"{int(hashlib.sha256(pickled).hexdigest(), 16) % 10**40:040}".encode())
@@ -221,7 +226,9 @@ class _Numbering:
 
     def __init__(self, tensors: Sequence[TensorSpec], path: str) -> None:
         self.specs = {spec.name: spec for spec in tensors}
-        self.keys: dict[str, str] = {}
+        self.stored: list[str | TensorValue] = []
+        """By key: a tensor's name, or its value."""
+        self._keys: dict[str, str] = {}
         self._path = path
         if len(self.specs) != len(tensors):
             names = [spec.name for spec in tensors]
@@ -230,10 +237,17 @@ class _Numbering:
     def place(self, name: str) -> tuple[TensorSpec, str]:
         if name not in self.specs:
             raise UsageError("the tree mentions a tensor that is not laid out", file=self._path, tensor=name)
-        return self.specs[name], self.keys.setdefault(name, str(len(self.keys)))
+        if name not in self._keys:
+            self._keys[name] = str(len(self.stored))
+            self.stored.append(name)
+        return self.specs[name], self._keys[name]
+
+    def keep(self, value: TensorValue) -> str:
+        self.stored.append(value)
+        return str(len(self.stored) - 1)
 
     def check(self) -> None:
-        if missing := next((name for name in self.specs if name not in self.keys), None):
+        if missing := next((name for name in self.specs if name not in self._keys), None):
             raise UsageError("the tree does not mention a tensor that is to be stored", file=self._path, tensor=missing)
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from ...errors import CheckpointError
+from ..manifest import names_weights
 from ..registry import Registry
 from ..store import Store
 from .base import Format, Hints, Source
+from .deepspeed_mp import DeepSpeedMp
+from .deepspeed_universal import DeepSpeedUniversal
+from .deepspeed_zero import DeepSpeedZero
 from .huggingface import HuggingFace
+from .megatron_deepspeed import MegatronDeepSpeed
 from .megatron_legacy import MegatronLegacy
 from .ranks import Ranks
 
@@ -16,6 +21,10 @@ FORMATS: Registry[Format] = Registry("format")
 FORMATS.add("huggingface", HuggingFace())
 FORMATS.add("ranks", Ranks())
 FORMATS.add("megatron-legacy", MegatronLegacy())
+FORMATS.add("deepspeed-mp", DeepSpeedMp())
+FORMATS.add("megatron-deepspeed", MegatronDeepSpeed())
+FORMATS.add("deepspeed-zero", DeepSpeedZero())
+FORMATS.add("deepspeed-universal", DeepSpeedUniversal())
 
 
 def open_source(store: Store, hints: Hints) -> Source:
@@ -26,6 +35,8 @@ def open_source(store: Store, hints: Hints) -> Source:
     CheckpointError
         No format recognises it, or more than one does.
     """
+    if hints.manifest is not None:
+        return FORMATS.get("huggingface" if names_weights(hints.manifest) else "deepspeed-mp").open(store, hints)
     found = [format_ for format_ in FORMATS if format_.detect(store)]
     if not found:
         advice = " To plan from the config alone, give the path of config.json" if store.exists("config.json") else ""

@@ -8,7 +8,7 @@ of bytes, and files to carry over. Boundary: a format knows no operation and no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -16,16 +16,17 @@ from typing import Any, Protocol
 
 from ...errors import CheckpointError
 from ..config import ModelConfig
-from ..containers.base import TensorSpec
+from ..containers.base import StoredTensor, TensorSpec
 from ..layout import Layout
-from ..passes.rows import hub_tensors
+from ..manifest import Manifest
+from ..passes.rows import RowClass, hub_tensors
 from ..passes.sides import Units, Wanted
 from ..plan import Dropped
 from ..schemes import Scheme
 from ..store import Store
 from ..tables import Dialect, Family
 
-__all__ = ["COMPANIONS", "Filing", "Format", "Hints", "Source", "Target", "Unit", "companions"]
+__all__ = ["COMPANIONS", "Filing", "Format", "Hints", "Source", "Target", "Training", "Unit", "companions"]
 
 COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "*.tiktoken",
@@ -36,11 +37,41 @@ COMPANIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What the user adds where a checkpoint does not say: a family, a config.json's content, the true vocabulary size."""
+    """What the user adds where a checkpoint does not say: a family, a config.json's content, the true vocabulary size; and the
+    manifest that SRC is, with names that count from the store's root."""
 
     family: Family | None = None
     config: Mapping[str, Any] | None = None
     vocab_size: int | None = None
+    manifest: Manifest | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a checkpoint holds of a training run besides tensors of the model's shapes.
+
+    Attributes
+    ----------
+    tag
+        The run's own name for it, e.g. ``global_step10``.
+    optimizer
+        The optimizer's hyper-parameters, the loss scaler's state and the like, as the format keeps them.
+    steps
+        By stored name, how many updates the parameter has had: a number, or a `TensorValue`.
+    names
+        By stored name, what the run itself calls the parameter.
+    files
+        (path in the store, plain name) of the files that hold counters, schedules and random states.
+    state
+        Those of the first one's entries that are plain values.
+    """
+
+    tag: str
+    optimizer: Mapping[str, Any]
+    steps: Mapping[str, Any]
+    names: Mapping[str, str]
+    files: tuple[tuple[str, str], ...]
+    state: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -68,6 +99,10 @@ class Source:
         Where the model's own config.json lies, if it does.
     on_paper
         Whether there is nothing but a config: shapes, and no values.
+    planes
+        What is stored beside the weights (``exp_avg``), as `units` are; a plane has the tensors that are trained.
+    training
+        What else a training run needs to go on.
     """
 
     store: Store
@@ -90,6 +125,14 @@ class Source:
     config_path: str = "hf/config.json"
     on_paper: bool = False
     norm_shift: int = 0
+    planes: Mapping[str, Units] = field(default_factory=dict)
+    training: Training | None = None
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """Every stored tensor, the planes' after the weights."""
+        for units in (self.units, *self.planes.values()):
+            for unit in units.values():
+                yield from unit.values()
 
     @cached_property
     def hub(self) -> Mapping[str, tuple[int, ...]]:
@@ -139,6 +182,10 @@ class Target:
         The config.json that goes with the target.
     verbatim
         Its exact bytes where nothing changed from the source.
+    rows
+        The row of each of `wanted`, by its bound.
+    training
+        The source's.
     """
 
     layout: Layout
@@ -154,6 +201,8 @@ class Target:
     config_json: Mapping[str, Any]
     verbatim: bytes | None
     companions: Sequence[tuple[str, str]]
+    rows: Sequence[RowClass] = ()
+    training: Training | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +232,11 @@ class Filing:
 
 
 class Format(Protocol):
-    """A named preset of dialect, layout, filing and container, with its config and marker files."""
+    """A named preset of dialect, layout, filing and container, with its config and marker files.
+
+    A format may say more of its targets: ``planes = True`` if they can hold optimizer state, ``keeps_names = True`` if their
+    tensors are always called what the source calls them, ``dtype`` if there is only one for weights.
+    """
 
     name: str
     ranked: bool

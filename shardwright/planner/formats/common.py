@@ -17,7 +17,7 @@ from ..store import Store
 from ..tables import DIALECT_WORDS, FAMILIES, Dialect, Family, specs_of
 from .base import Hints, Target
 
-__all__ = ["carried", "config_bytes", "missing_config", "read_unit", "scheme_of", "settle", "stages", "told_spec"]
+__all__ = ["carried", "config_bytes", "missing_config", "read_unit", "scheme_of", "settle", "stages", "told_spec", "versioned_spec"]
 
 
 def read_unit(store: Store, container: str, path: str) -> ContainerIndex:
@@ -103,6 +103,20 @@ def told_spec(dialect: Dialect, family: Family, config: ModelConfig, names: Iter
         return specs[0]
     counted = {_NUMBER.sub("#", _CHUNK.sub("", name, count=1) if name.startswith("model") else name) for name in names}
     return max(specs, key=lambda spec: len(counted & {_NUMBER.sub("#", name) for name in _open_names(dialect, family, config, spec)}))
+
+
+def versioned_spec(dialect: Dialect, told: str, version: float) -> str:
+    """The spec of a Megatron dialect whose names were told, with the order of QKV rows that a checkpoint version has.
+
+    Raises
+    ------
+    UnsupportedError
+        There are no such names of that version.
+    """
+    spec = told if version >= 2 else f"{told}-v{int(version)}"
+    if spec not in dialect.specs:
+        raise UnsupportedError(f"names of spec {told!r} are of checkpoint versions 2.0 and above", actual=version)
+    return spec
 
 
 def _open_names(dialect: Dialect, family: Family, config: ModelConfig, spec: str) -> Iterator[str]:

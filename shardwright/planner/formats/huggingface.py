@@ -2,7 +2,7 @@
 
 Opening: ``model.safetensors`` or the files of ``model.safetensors.index.json`` (or ``pytorch_model.bin`` and its index);
 index and headers must agree both ways. A key in two files is a replica if the bytes are equal, else refused. Weight
-files that the index does not name are listed, not read.
+files that the index does not name are listed, not read. A manifest of DeepSpeed that lists weight files stands for an index.
 
 Filing: tensors in order into files of at most ``--max-shard-size``; one file has no index (source of names and rule:
 huggingface_hub ``serialization``, transformers ``modeling_utils.save_pretrained``).
@@ -22,6 +22,7 @@ from ...errors import CheckpointError, UnsupportedError
 from ..containers.base import StoredTensor, TensorSpec
 from ..identity import read_identity, read_object
 from ..layout import Layout
+from ..manifest import Manifest, Resolved, below, find_manifest, manifests_in, names_shards, names_weights, resolve
 from ..passes.sides import stored_bytes
 from ..plan import Dropped
 from ..store import Store
@@ -32,7 +33,8 @@ from .common import carried, missing_config, read_unit, scheme_of, settle, told_
 
 __all__ = ["HuggingFace"]
 
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)$")
+_WEIGHTS = re.compile(r".*(?<!_states)\.(safetensors|bin|pt|pth|gguf)$")
+"""DeepSpeed's files end in ``_states.pt`` and are no model's own."""
 _COMPARE = 1 << 20
 
 
@@ -46,18 +48,22 @@ class HuggingFace:
 
     def detect(self, store: Store) -> bool:
         names = store.list()
-        return any(_entry(names)) and not any(n.startswith("rank_") for n in names)
+        if any(_entry(names)):
+            return not any(n.startswith("rank_") for n in names)
+        return not names_shards(store) and any(not isinstance(value["checkpoints"], dict) for value in manifests_in(store).values())
 
     def open(self, store: Store, hints: Hints) -> Source:
-        container, entry, index = _find(store)
+        manifest = hints.manifest or (None if any(_entry(store.list())) else find_manifest(store))
+        listed, notes = (None, ()) if manifest is None else _listed(store, manifest)
+        container, entry, index = _find(store) if manifest is None else (_container(manifest, listed or ()), manifest.path, None)
         identity = read_identity(store)
         settled = settle(store, hints, identity, "config.json")
         if settled is None:
             raise missing_config(store, self.name)
         family, config, raw = settled
         files: dict[str, str] = {}
-        tensors, dropped = _read(store, container, entry, index, files)
-        if index is not None:
+        tensors, dropped = _read(store, container, entry, index, files, listed)
+        if index is not None or (manifest is not None and store.exists(entry)):
             files[entry] = hashlib.sha256(store.read(entry)).hexdigest()
         return Source(
             store,
@@ -74,7 +80,7 @@ class HuggingFace:
             files,
             companions(store),
             tuple(dropped) + _strays(store, files),
-            (),
+            notes,
             scheme_of(raw, family, "config.json"),
             identity,
             "config.json",
@@ -85,7 +91,7 @@ class HuggingFace:
         units, weight_map = [], {}
         for number, members in enumerate(shards):
             path = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            tensors = tuple([TensorSpec(*target.wanted[i][-3:]) for i in members])
+            tensors = tuple([TensorSpec(w.name, w.dtype, w.shape) for w in map(target.wanted.__getitem__, members)])
             units.append(Unit(path, members, tensors, metadata={"format": "pt"}))
             weight_map.update(dict.fromkeys([t.name for t in tensors], path))
         files, copies = carried(target, "")
@@ -116,15 +122,38 @@ def _find(store: Store) -> tuple[str, str, Mapping[str, Any] | None]:
     return container, entry, read_object(store, entry) if entry.endswith(".json") else None
 
 
+def _listed(store: Store, manifest: Manifest) -> Resolved:
+    """The weight files that a manifest of DeepSpeed lists, where they are; any of them may hold any tensor."""
+    if not names_weights(manifest):
+        raise UnsupportedError(
+            "the manifest is of shards that DeepSpeed-Inference saved, fused and transposed for its kernels; they are not read",
+            file=manifest.path, expected="parallelization pp", actual=f"parallelization {manifest.parallelization}",
+            remedy="Convert the checkpoint that they were made from",
+        )  # fmt: skip
+    return resolve(manifest, manifest.files, below(store))
+
+
+def _container(manifest: Manifest, files: tuple[str, ...]) -> str:
+    containers = {"safetensors" if path.endswith(".safetensors") else "torch" for path in files}
+    if len(containers) > 1:
+        raise CheckpointError("the manifest lists files of several containers", file=manifest.path, actual=list(files)[:5])
+    return containers.pop()
+
+
 def _read(
-    store: Store, container: str, entry: str, index: Mapping[str, Any] | None, files: dict[str, str]
+    store: Store,
+    container: str,
+    entry: str,
+    index: Mapping[str, Any] | None,
+    files: dict[str, str],
+    listed: tuple[str, ...] | None,
 ) -> tuple[dict[str, StoredTensor], list[Dropped]]:
     """All tensors by name; fills `files` with header digests."""
     weight_map = None if index is None else _weight_map(index, entry)
     tensors: dict[str, StoredTensor] = {}
     dropped: list[Dropped] = []
     copies: set[tuple[str, str]] = set()
-    for path in sorted(set(weight_map.values())) if weight_map is not None else [entry]:
+    for path in sorted(set(weight_map.values())) if weight_map is not None else (listed or [entry]):
         if not store.exists(path):
             raise CheckpointError(f"{entry} names a file that is not there", file=path, remedy="Download it")
         found = read_unit(store, container, path)

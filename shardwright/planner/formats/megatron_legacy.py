@@ -8,13 +8,13 @@ a launch script (`megatron_flags`).
 Source: Megatron-LM ``training/checkpointing.py`` (``get_checkpoint_name``, ``generate_state_dict``).
 
 Opening keeps the weights; optimizer, schedulers and random states are listed as dropped. Before Megatron-core, ``model``
-was nested (``language_model.encoder…``); that is read too, for checkpoint versions of 2.0 and above.
+was nested (``language_model.encoder…``); that is read too, in the order of QKV rows of its ``checkpoint_version``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ...errors import CheckpointError, ConfigError, UnsupportedError, short
@@ -24,13 +24,14 @@ from ..containers.base import StoredTensor, TensorSpec
 from ..containers.torch_zip import Namespace, TensorRef, TorchDtype
 from ..identity import read_identity
 from ..layout import MOST_LAYERS, Layout
+from ..manifest import known_version, names_shards
 from ..megatron_args import from_megatron, norm_shift, to_megatron
 from ..passes.sides import check_units
 from ..plan import Dropped
 from ..store import Store
 from ..tables import DIALECTS, FAMILIES, Dialect, Family
 from .base import Filing, Hints, Source, Target, Unit, companions
-from .common import carried, missing_config, read_unit, settle, stages, told_spec
+from .common import carried, missing_config, read_unit, settle, stages, told_spec, versioned_spec
 
 __all__ = ["MegatronLegacy"]
 
@@ -48,7 +49,8 @@ class MegatronLegacy:
     ranked = True
 
     def detect(self, store: Store) -> bool:
-        return any(_RANK.match(path) for path in store.list())
+        # A manifest of DeepSpeed's says what the files are, and in which order their QKV rows lie.
+        return any(_RANK.match(path) for path in store.list()) and not names_shards(store)
 
     def open(self, store: Store, hints: Hints) -> Source:
         paths = _files(store)
@@ -60,10 +62,15 @@ class MegatronLegacy:
         layout = _layout(fields, identity, paths, first.objects)
         units, dropped = _units(indexes, paths, layout)
         names = {name for unit in units.values() for name in unit}
-        dialect = _dialect(names, first.objects, next(iter(paths.values())))
+        nested = any(name.startswith("language_model.") for name in names)
+        dialect = DIALECTS.get("megatron-nested" if nested else "megatron")
         check_units(units, layout, dialect, self.name)
         family, config, raw, warnings = _config(store, hints, identity, fields, next(iter(paths.values())))
         spec = told_spec(dialect, family, config, names)
+        if nested:
+            file = next(iter(paths.values()))
+            # Megatron-LM takes a file that does not say for version 0 (training/checkpointing.py).
+            spec = versioned_spec(dialect, spec, known_version(first.objects.get("checkpoint_version", 0), file, "checkpoint_version"))
         padded = _padded(units, dialect, spec, layout)
         return Source(
             store,
@@ -261,17 +268,6 @@ def _rank(numbers: tuple[int, ...], layout: Layout, path: str) -> int:
             actual=numbers,
         )
     return layout.rank(tp=numbers[0], pp=pp, ep=ep)
-
-
-def _dialect(names: Iterable[str], objects: Mapping[str, Any], file: str) -> Dialect:
-    if not any(name.startswith("language_model.") for name in names):
-        return DIALECTS.get("megatron")
-    version = objects.get("checkpoint_version", 0)
-    if not isinstance(version, int | float) or version < 2:
-        raise UnsupportedError(
-            "checkpoint versions below 2.0 order QKV rows differently and are not read", file=file, expected=">= 2.0", actual=short(version)
-        )
-    return DIALECTS.get("megatron-nested")
 
 
 def _padded(units: Mapping[tuple[int, int], Mapping[str, StoredTensor]], dialect: Dialect, spec: str, layout: Layout) -> int | None:

@@ -17,6 +17,7 @@ from .grouped_qkv import grouped_qkv
 from .interleave import interleave
 from .packed import packed
 from .pad_vocab import pad_vocab
+from .qkv_order import qkv_order
 from .roll import roll
 from .stack_experts import stack_experts
 from .transpose import transpose
@@ -32,6 +33,7 @@ OPERATIONS.add("grouped_qkv", grouped_qkv)
 OPERATIONS.add("interleave", interleave)
 OPERATIONS.add("packed", packed)
 OPERATIONS.add("pad_vocab", pad_vocab)
+OPERATIONS.add("qkv_order", qkv_order)
 OPERATIONS.add("roll", roll)
 OPERATIONS.add("stack_experts", stack_experts)
 OPERATIONS.add("transpose", transpose)

@@ -32,9 +32,10 @@ from ..tensor.dtypes import dtype as dtype_of
 from .check import check
 from .identify import with_identity
 from .lower import Lowered, lower
+from .planes import held_by, join_sources, join_targets, rows_of, stored_in
 from .request import Cast, Words, casts, settle_words
 from .rows import expand
-from .sides import SourceSide, TargetSide, place, resolve, targets, without_scales
+from .sides import WEIGHT, SourceSide, TargetSide, place, resolve, targets, without_scales
 from .tiling import TILE_BYTES, choose_cuts, tile
 
 __all__ = ["assemble", "bind", "build", "no_collector", "read_names", "read_side", "sides_of"]
@@ -66,7 +67,7 @@ def build(source: Source, request: Request, *, tile_bytes: int = TILE_BYTES) -> 
     """
     with no_collector():
         words = settle_words(source, request)
-        side, wanted = sides_of(source, request, words, casts(source.family, request.dtype))
+        side, wanted = sides_of(source, request, words, casts(source.family, words.dtype))
         filing = _file(source, request, words, side, wanted)
         files, entries = _lay_out(filing, words, wanted)
         plan = assemble(source, request, words, side, wanted, files, entries, filing, tile_bytes)
@@ -79,7 +80,19 @@ def sides_of(source: Source, request: Request, words: Words, cast: Cast) -> tupl
     family, config = source.family, source.config
     side = bind(source, request.drop)
     write = expand(family, config, words.dialect, words.spec, request.layout, words.padded_vocab, hub=source.hub)
-    return side, targets(write, request.layout, side, cast, words.scheme, source.norm_shift)
+    wanted = targets(write, request.layout, side, cast, words.scheme, source.norm_shift)
+    for plane in words.planes:
+        more = bind(source, request.drop, plane)
+        rows = rows_of(write, plane, held_by(more))
+        join_targets(wanted, targets(rows, request.layout, more, lambda row, name, before: before, None), plane)
+        join_sources(side, more)
+    side.dropped += [Dropped(plane, _left_out(request)) for plane in source.planes if plane not in words.planes]
+    return side, wanted
+
+
+def _left_out(request: Request) -> str:
+    """Why the optimizer's state is not converted."""
+    return "left out with --optimizer drop" if request.optimizer == "drop" else f"{request.to} has no place for the optimizer's state"
 
 
 def read_side(source: Source) -> SourceSide:
@@ -102,14 +115,18 @@ def read_side(source: Source) -> SourceSide:
     return bind(source)
 
 
-def bind(source: Source, drop: Sequence[str] = ()) -> SourceSide:
-    """The source's rows, bound to its headers, whatever has to be done to their values."""
+def bind(source: Source, drop: Sequence[str] = (), plane: str = WEIGHT) -> SourceSide:
+    """The source's rows of one plane, bound to its headers, whatever has to be done to their values."""
     family, config, padded = source.family, source.config, source.padded_vocab
     read = expand(family, config, source.dialect, source.spec, source.layout, padded, hub=source.hub, reading=True)
+    units = source.units
+    if plane != WEIGHT:
+        units = source.planes[plane]
+        read = rows_of(read, plane, stored_in(units, source.layout))
     asked = tuple(Ignore(pattern, "left out with --drop") for pattern in drop)
     known = [ignore.of(config.fields) for ignore in family.ignore]
     numbers = {path: i for i, path in enumerate(source.files)}
-    return resolve(read, source.layout, source.units, numbers, (*asked, *source.dialect.ignore, *known), source.dialect.name)
+    return resolve(read, source.layout, units, numbers, (*asked, *source.dialect.ignore, *known), source.dialect.name)
 
 
 def read_names(source: Source) -> SourceSide:
@@ -146,6 +163,8 @@ def _file(source: Source, request: Request, words: Words, side: SourceSide, want
         made,
         source.store.read(path) if same else None,
         source.companions,
+        tuple([bound.row for bound in wanted.bounds]),
+        source.training,
     )
     return FORMATS.get(request.to).file(target)
 

@@ -1,7 +1,7 @@
 """The proof that a plan is a bijection, up to what it declares.
 
-1. Per program: the gather pieces cover the pivot once; no piece of a replica overlaps another; every element of every
-   output goes to some target, and to each copy of it once.
+1. Per program: the gather pieces cover the pivot once; no piece of a replica overlaps another, and those of a mean cover the
+   pivot too; every element of every output goes to some target, and to each copy of it once.
 2. Per source tensor: what all programs read of it (replicas and padding included) covers it once. Per target tensor:
    what all programs scatter into it, and the zeros, cover it once. Tensors served by the same (program, operand) pairs
    are proven once.
@@ -49,7 +49,11 @@ def check(plan: Plan) -> None:
     for program in plan.programs:
         covers(_boxes(program.gather, program.shape, program.label, allowance), program.shape, f"gather of {program.label}", allowance)
         for replica in program.replicas:
-            _disjoint(_boxes(replica, program.shape, program.label, allowance), f"replica of {program.label}", allowance)
+            boxes, what = _boxes(replica, program.shape, program.label, allowance), f"replica of {program.label}"
+            if program.average:
+                covers(boxes, program.shape, what, allowance)
+            else:
+                _disjoint(boxes, what, allowance)
         for output in program.outputs:
             _reaches_targets(output, program.label, allowance)
     _check_sources(plan, allowance)

@@ -26,7 +26,7 @@ from ..tensor.lazy import leaf
 from ..tensor.pieces import Piece, count
 from .build import no_collector, read_names, read_side
 from .facing import Facing, Half, Part, Unequal
-from .lower import gather_row
+from .lower import averaged, gather_row
 from .rows import Expansion, RowClass, RowInstance, apply_split, expand
 from .sides import Bound, SourceSide, resolve
 from .tiling import tile
@@ -210,6 +210,7 @@ class _Side:
         shape = bound.row.shapes[slot]
         found = gather_row(bound, bound.row.shards, slot, shape, base)
         copies: list[tuple[Piece, ...]] = list(found.replicas)
+        mean = averaged(bound) and bool(copies)
         width = bound.files.shape[1]
         for number, _ in self.side.aliases.get(name, ()):
             tied = self.side.bounds[number]
@@ -219,7 +220,7 @@ class _Side:
         if sum(map(count, found.tensor.pieces)) != prod(shape):
             raise PlanError("the stored tensors do not cover a tensor", tensor=name, expected=prod(shape), file=self.source.store.root)
         label = bound.row.hub[slot]
-        return Program(label, bound.dtype, shape, found.tensor.pieces, tuple(copies), (), None, (), (), False), width
+        return Program(label, bound.dtype, shape, found.tensor.pieces, tuple(copies), (), None, (), (), False, average=mean), width
 
 
 def _scale_class(row: RowClass, output: SchemeOutput, suffix: str) -> RowClass:

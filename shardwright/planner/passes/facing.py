@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ...errors import MemoryBoundError
 from ..plan import Dropped, Plan, Program, SourceFile
 from .lower import Lowered
-from .memory import BASE_BYTES, STRIP_BYTES, STRIP_FLOOR, itemsize, pages, plan_nbytes, slab, whole_items
+from .memory import BASE_BYTES, STRIP_BYTES, STRIP_FLOOR, itemsize, mean_bytes, pages, plan_nbytes, slab, whole_items
 from .tiling import TILE_BYTES_WHOLE, choose_cuts, tile
 
 __all__ = ["Facing", "Fitted", "Half", "Part", "Unequal", "buffers_of", "fit_facing", "strip_of"]
@@ -185,6 +185,8 @@ def _slab_bytes(facing: Facing, strip_bytes: int) -> int:
     for number, (program, halves) in enumerate(zip(facing.plan.programs, facing.halves, strict=True)):
         pivot = slab(program, strip_of(program, halves, strip_bytes), largest.get(number)).pivot
         parts = buffers_of(halves, pivot // itemsize(program.dtype))
-        copies = any(part.program.replicas for half in halves for part in half.parts)
-        most = max(most, sum(parts) + (max(parts) if copies else 0))
+        sides = [part.program for half in halves for part in half.parts]
+        copies = max(parts) if any(side.replicas for side in sides) else 0
+        means = [mean_bytes(side.dtype, pivot // itemsize(program.dtype)) for side in sides if side.average]
+        most = max(most, sum(parts) + copies + max(means, default=0))
     return most + pages(strip_bytes)

@@ -13,9 +13,10 @@ from ..plan import Plan, TargetFile, TensorEntry
 from ..request import Request
 from ..tensor.dtypes import dtype as dtype_of
 from .build import assemble, no_collector, sides_of
+from .planes import hub_name
 from .request import Cast, settle_words
 from .rows import RowInstance
-from .sides import Wanted, place
+from .sides import WEIGHT, Wanted, place
 from .tiling import TILE_BYTES
 
 __all__ = ["Located", "locate"]
@@ -39,20 +40,21 @@ def locate(source: Source, request: Request, target: Source) -> Located:
         side, wanted = sides_of(source, request, words, _as_stored(target))
         paths = sorted(target.files)
         number = {path: i for i, path in enumerate(paths)}
-        found: set[tuple[int, int, str]] = set()
+        found: set[tuple[str, int, int, str]] = set()
+        units = {WEIGHT: target.units, **target.planes}
         entries: list[TensorEntry] = []
         missing: list[str] = []
         different: list[str] = []
 
         def where(w: Wanted, rank: int) -> tuple[int, int]:
-            found.add((rank, w.chunk, w.name))
-            stored = target.units.get((rank, w.chunk), {}).get(w.name)
+            found.add((w.plane, rank, w.chunk, w.name))
+            stored = units.get(w.plane, {}).get((rank, w.chunk), {}).get(w.name)
             if stored is None:
-                missing.append(f"{w.name}@{rank}: {w.dtype} {w.shape}")
+                missing.append(f"{_named(w.plane, w.name)}@{rank}: {w.dtype} {w.shape}")
                 return 0, 0
-            if (stored.dtype, stored.shape) != (w.dtype, w.shape) or stored.strides is not None:
-                different.append(f"{w.name}@{rank}: expected {w.dtype} {w.shape}, actual {stored.dtype} {stored.shape}")
-            entries.append(TensorEntry(w.name, rank, w.dtype, w.shape, number[stored.file], stored.offset))
+            if (stored.dtype, stored.shape) != (w.dtype, w.shape) or stored.form is not None:
+                different.append(f"{_named(w.plane, w.name)}@{rank}: expected {w.dtype} {w.shape}, actual {stored.dtype} {stored.shape}")
+            entries.append(TensorEntry(_named(w.plane, w.name), rank, w.dtype, w.shape, number[stored.file], stored.offset))
             return number[stored.file], stored.offset
 
         for at in range(max((len(w.ranks) for w in wanted.wanted), default=0)):
@@ -60,14 +62,19 @@ def locate(source: Source, request: Request, target: Source) -> Located:
             places = [where(w, w.ranks[at]) for w in map(wanted.wanted.__getitem__, members)]
             place(wanted, members, at, [file for file, _ in places], [offset for _, offset in places])
         extra = [
-            f"{name}@{rank}"
-            for (rank, chunk), unit in target.units.items()
+            f"{_named(plane, name)}@{rank}"
+            for plane, held in units.items()
+            for (rank, chunk), unit in held.items()
             for name in unit
-            if (rank, chunk, name) not in found and not any(fnmatchcase(name, i.pattern) for i in words.dialect.ignore)
+            if (plane, rank, chunk, name) not in found and not any(fnmatchcase(name, i.pattern) for i in words.dialect.ignore)
         ]
         files = [TargetFile(path, target.store.stat(path).nbytes) for path in paths]
         plan = assemble(source, request, words, side, wanted, files, entries, Filing((), (), ()), TILE_BYTES)
         return Located(plan, tuple(missing), tuple(different), tuple(extra))
+
+
+def _named(plane: str, name: str) -> str:
+    return name if plane == WEIGHT else hub_name(plane, name)
 
 
 def _as_stored(target: Source) -> Cast:

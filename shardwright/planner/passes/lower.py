@@ -5,7 +5,8 @@
    joins several hub tensors in runs below 64 KiB (or in chunks that one tile must own), the row's whole tensor is the
    pivot instead, so that those runs are read or written together: the target's row first, else the source's.
 3. Lower once per distinct (source row, target rows, slots): gather pieces (pivot ← source operands), replicas, padding,
-   the value op, scatter pieces (target operands ← pivot, kept in pivot coordinates), zero regions.
+   the value op, scatter pieces (target operands ← pivot, kept in pivot coordinates), zero regions. A tensor that is stored
+   as several runs has an operand for each.
 4. Append a binding row (file numbers and offsets) for every pivot tensor.
 
 The two sides are never composed with each other: raggedness adds, it does not multiply. Boundary: pure.
@@ -13,20 +14,22 @@ The two sides are never composed with each other: raggedness adds, it does not m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ...errors import UnsupportedError
+from ..containers.base import Cut
 from ..plan import Bindings, Ints, Output, Program, ValueOp
 from ..tensor.dtypes import dtype as dtype_of
 from ..tensor.lazy import LazyTensor, invert, leaf
 from ..tensor.pieces import FILL, Piece, align, coalesce, normalise
+from .memory import averageable
 from .rows import RowClass, apply_split
-from .sides import Bound, SourceSide, TargetSide
+from .sides import Bound, Form, SourceSide, TargetSide
 
-__all__ = ["INTERLEAVE", "Lowered", "gather_row", "lower"]
+__all__ = ["INTERLEAVE", "Lowered", "averaged", "gather_row", "lower"]
 
 INTERLEAVE = 64 * 1024
 """Runs of a fused tensor below this many bytes are moved together with their neighbours."""
@@ -52,6 +55,7 @@ class _Gathered:
     tensor: LazyTensor
     replicas: list[tuple[Piece, ...]]
     padding: list[Piece]
+    blanks: list[Piece]
 
 
 @dataclass(slots=True)
@@ -153,15 +157,20 @@ class _Lowering:
         bound = self.source.bounds[number]
         shape = bound.row.shapes[slot]
         found = gather_row(bound, bound.row.shards, slot, shape, 0)
-        replicas, padding, base = found.replicas, found.padding if slot == 0 else [], _width(bound)
+        replicas, base = found.replicas, _operands(bound)
+        padding, blanks = (found.padding, found.blanks) if slot == 0 else ([], [])
+        if averaged(bound) and aliases:
+            raise UnsupportedError("a tensor whose copies are averaged is tied to another", tensor=bound.row.hub[slot])
         for alias in aliases:
             copy = self.source.bounds[alias]
             more = gather_row(copy, copy.row.shards, 0, shape, base)
             replicas += [more.tensor.pieces, *more.replicas]
             padding += more.padding
-            base += _width(copy)
+            blanks += more.blanks
+            base += _operands(copy)
         shards = [(b, [(j, o.shards, 0 if len(b.outputs) > 1 else s) for j, o in enumerate(b.outputs)]) for b, s in self._bounds_of(uses)]
-        return self._draft(bound.row.hub[slot], bound.dtype, shape, found.tensor, replicas, padding, shards)
+        mean = averaged(bound)
+        return self._draft(bound.row.hub[slot], bound.dtype, shape, found.tensor, replicas, padding, blanks, shards, mean)
 
     def _bounds_of(self, uses: Sequence[tuple[int, int]]) -> list[tuple[Bound, int]]:
         return [(self.target.bounds[b], s) for b, s in uses]
@@ -174,18 +183,21 @@ class _Lowering:
         members = [(order.index((b, r)), b, s) for b, r, s in held]
         key = ("target", number, tuple(members))
         if key not in self.drafts:
-            bases = np.cumsum([0] + [_width(self.source.bounds[b]) for b, _ in order]).tolist()
+            bases = np.cumsum([0] + [_operands(self.source.bounds[b]) for b, _ in order]).tolist()
             parts = []
             for position, b, slot in members:
                 holder = self.source.bounds[b]
+                if averaged(holder):
+                    raise UnsupportedError("the target joins a tensor whose copies are averaged with others", tensor=bound.row.label)
                 parts.append(gather_row(holder, holder.row.shards, slot, holder.row.shapes[slot], bases[position]))
             whole = bound.row.build([p.tensor for p in parts])
+            blanks = [blank for p, (_, _, slot) in zip(parts, members, strict=True) if slot == 0 for blank in p.blanks]
             depth = max(len(p.replicas) for p in parts)
             replicas = [bound.row.build([LazyTensor(p.tensor.shape, _nth(p.replicas, i)) for p in parts]).pieces for i in range(depth)]
             shards = tuple(apply_split(leaf(0, whole.shape), bound.row.split))
             label = "+".join(bound.row.hub)
             before = self.source.bounds[held[0][0]].dtype
-            self.drafts[key] = self._draft(label, before, whole.shape, whole, replicas, [], [(bound, [(0, shards, 0)])])
+            self.drafts[key] = self._draft(label, before, whole.shape, whole, replicas, [], blanks, [(bound, [(0, shards, 0)])])
         self._append(self.drafts[key], "+".join(bound.hub[row]), order, [(number, row)])
 
     def _pivot_source(self, name: str) -> tuple[str, ...]:
@@ -208,7 +220,8 @@ class _Lowering:
             for b, used in slots:
                 to = self.target.bounds[b]
                 shards.append((to, [(0, tuple(apply_split(to.row.build([members[k] for k in used]), to.row.split)), 0)]))
-            self.drafts[key] = self._draft("+".join(bound.row.hub), bound.dtype, shape, found.tensor, found.replicas, [], shards)
+            label = "+".join(bound.row.hub)
+            self.drafts[key] = self._draft(label, bound.dtype, shape, found.tensor, found.replicas, [], found.blanks, shards)
         self._append(self.drafts[key], "+".join(names), [(number, row)], uses)
         return names
 
@@ -232,7 +245,9 @@ class _Lowering:
         gathered: LazyTensor,
         replicas: Sequence[tuple[Piece, ...]],
         padding: Sequence[Piece],
+        blanks: Sequence[Piece],
         uses: Sequence[tuple[Bound, list[tuple[int, tuple[LazyTensor, ...], int]]]],
+        average: bool = False,
     ) -> _Draft:
         """A program; `uses` are target bounds with ``(output, shards, slot of the pivot in them)``."""
         first = uses[0][0]
@@ -262,9 +277,11 @@ class _Lowering:
                 first.op.name, first.op.kernel, first.op.block if len(first.op.block) == len(shape) else (1,) * len(shape), first.op.scratch
             )
         )
-        program = Program(
-            label, dtype, shape, gathered.pieces, tuple(() if self.trust else replicas), tuple(padding), op, tuple(outputs), (), False
-        )
+        copies = () if self.trust else tuple(replicas)
+        average = average and bool(copies)
+        blank = tuple([piece.slot for piece in blanks])
+        left = (*padding, *blanks)
+        program = Program(label, dtype, shape, gathered.pieces, copies, left, op, tuple(outputs), (), False, average=average, blank=blank)
         return _Draft(program, max(b.grain for b, _ in uses))
 
     def _append(self, draft: _Draft, name: str, sources: Sequence[tuple[int, int]], uses: Sequence[tuple[int, int]]) -> None:
@@ -282,18 +299,39 @@ def _columns(bounds: Sequence[Bound], numbers: Sequence[int], rows: Sequence[int
     return np.concatenate(files, axis=1), np.concatenate(offsets, axis=1)
 
 
+def averaged(bound: Bound) -> bool:
+    """Whether the copies of a source row are averaged: the table says so, and their dtype has a mean."""
+    return bound.row.average and averageable(bound.dtype)
+
+
 def gather_row(bound: Bound, shards: Sequence[LazyTensor], slot: int, shape: Shape, base: int) -> _Gathered:
     """Hub (or whole) tensor `slot` of a source row as pieces over operands ``base …``, with its copies and its padding."""
     split = bound.row.split
     covers: list[list[Piece]] = [[] for _ in range(split.repeat * split.cycles)]
-    padding = []
-    for operand in range(split.width):
-        shard = shards[split.shard_of(operand)]
-        strides = bound.strides[operand] if bound.strides else None
-        stored = shard.pieces if strides is None else _strided(shard, strides)
-        covers[split.copy_of(operand)] += [_swap(p, base + operand) for p in stored if p.slot == slot]
-        padding += [_region(p, base + operand) for p in stored if p.slot == FILL]
-    return _Gathered(LazyTensor(shape, coalesce(covers[0])), [coalesce(c) for c in covers[1:]], padding)
+    padding, blanks, operand = [], [], base
+    for rank in range(split.width):
+        form = bound.forms[rank] if bound.forms else None
+        for stored in _stored(shards[split.shard_of(rank)], form):
+            covers[split.copy_of(rank)] += [_swap(p, operand) for p in stored if p.slot == slot]
+            padding += [_region(p, operand) for p in stored if p.slot == FILL]
+            operand += 1
+        for size in form.blanks if isinstance(form, Cut) else ():
+            blanks.append(normalise(Piece(operand, 0, 0, ((size, 0, 1),))))
+            operand += 1
+    return _Gathered(LazyTensor(shape, coalesce(covers[0])), [coalesce(c) for c in covers[1:]], padding, blanks)
+
+
+def _stored(shard: LazyTensor, form: Form) -> Iterator[Sequence[Piece]]:
+    """The shard's pieces in each run that it is stored as, with destinations counted from the run's first element."""
+    if form is None:
+        yield shard.pieces
+    elif isinstance(form, Cut):
+        flat, at = shard.reshape(shard.size), 0
+        for size in form.sizes:
+            yield flat.slice(0, at, at + size).pieces
+            at += size
+    else:
+        yield _strided(shard, form)
 
 
 def _strided(shard: LazyTensor, strides: Shape) -> list[Piece]:
@@ -325,8 +363,13 @@ def _sorted(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
 
 
 def _width(bound: Bound) -> int:
-    """Operands per output: the ranks that hold it."""
+    """Operands per output of a target's bound: the ranks that hold it."""
     return bound.row.split.width
+
+
+def _operands(bound: Bound) -> int:
+    """Operands of a source's bound: the runs and the padding of all ranks that hold it."""
+    return int(bound.files.shape[1])
 
 
 def _nth(replicas: Sequence[tuple[Piece, ...]], index: int) -> tuple[Piece, ...]:

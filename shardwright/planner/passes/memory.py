@@ -5,7 +5,8 @@ Every term, in bytes:
 * **base**: the process after its imports, before any work. Measured; a program with a value op adds torch.
 * **plan**: the plan's own columns, pieces and names.
 * **slab**, one per worker, allocated once: the *pivot* strip, the *staging* strip that file order passes through, a
-  *compare* strip where replicas are checked, and for a value op one strip per *output* and the kernel's *scratch*.
+  *compare* strip where replicas are checked, a *mean* where they are averaged (a sum and a mark per element), and for a value
+  op one strip per *output* and the kernel's *scratch*.
 
 ``peak = base + plan + workers × slab``. To fit a bound, strips are halved from 4 MiB down to 256 KiB, then workers are
 taken away one by one; what still does not fit is refused with the smallest bound that works.
@@ -36,8 +37,11 @@ __all__ = [
     "TORCH_BASE_BYTES",
     "Fit",
     "Slab",
+    "averageable",
     "fit",
     "itemsize",
+    "mean_bytes",
+    "mean_dtype",
     "min_memory",
     "pages",
     "plan_nbytes",
@@ -68,11 +72,12 @@ class Slab(NamedTuple):
     compare: int
     outputs: tuple[int, ...]
     scratch: int
+    mean: int = 0
 
     @property
     def nbytes(self) -> int:
         """All of them together."""
-        return self.pivot + self.staging + self.compare + sum(self.outputs) + self.scratch
+        return self.pivot + self.staging + self.compare + sum(self.outputs) + self.scratch + self.mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +180,27 @@ def slab(program: Program, strip_bytes: int, largest: int | None = None) -> Slab
         elements = min(elements, prod(program.shape))
     pivot = pages(elements * size)
     compare = pivot if program.replicas else 0
+    mean = mean_bytes(program.dtype, elements) if program.average else 0
     if program.op is None:
-        return Slab(pivot, pages(strip_bytes), compare, (), 0)
+        return Slab(pivot, pages(strip_bytes), compare, (), 0, mean)
     outputs = tuple(pages(_output_elements(program, output, elements) * itemsize(output.dtype)) for output in program.outputs)
-    return Slab(pivot, pages(strip_bytes), compare, outputs, pages(elements * program.op.scratch))
+    return Slab(pivot, pages(strip_bytes), compare, outputs, pages(elements * program.op.scratch), mean)
+
+
+def averageable(name: str) -> bool:
+    """Whether copies of tensors of that dtype have a mean: floats of 16 bits and more."""
+    kind = dtype(name)
+    return kind.kind == "float" and kind.bits >= 16
+
+
+def mean_dtype(name: str) -> str:
+    """The dtype in which copies of that dtype are added up."""
+    return "float64" if name == "float64" else "float32"
+
+
+def mean_bytes(name: str, elements: int) -> int:
+    """What averaging a strip of that many elements takes besides: a sum and a mark for each."""
+    return pages(elements * (itemsize(mean_dtype(name)) + 1))
 
 
 def _output_elements(program: Program, output: Output, elements: int) -> int:

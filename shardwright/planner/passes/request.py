@@ -25,7 +25,15 @@ __all__ = ["Cast", "Words", "castable", "casts", "padded_vocab", "settle_words"]
 
 @dataclass(frozen=True)
 class Words:
-    """The target's words, settled."""
+    """The target's words, settled.
+
+    Attributes
+    ----------
+    dtype
+        Floating weights are cast to it; None stores them as they are.
+    planes
+        What is converted beside the weights.
+    """
 
     dialect: Dialect
     container: str
@@ -33,6 +41,8 @@ class Words:
     padded_vocab: int | None
     config: ModelConfig
     scheme: Scheme | None
+    dtype: str | None = None
+    planes: tuple[str, ...] = ()
 
 
 def settle_words(source: Source, request: Request) -> Words:
@@ -40,9 +50,15 @@ def settle_words(source: Source, request: Request) -> Words:
     target = FORMATS.get(request.to)
     if not target.ranked and request.layout.ranks > 1:
         raise UsageError(f"{request.to} holds one rank", actual=f"{request.layout.ranks} ranks", remedy="For rank files use --to ranks")
-    dialect = DIALECTS.get(_one_of(request.dialect, target.dialects, f"{request.to} has no dialect"))
+    # A target that goes on with a training run calls its tensors what the run does.
+    same = getattr(target, "keeps_names", False)
+    if same and request.pad_vocab_to is not None:
+        raise UsageError(f"{request.to} holds the true vocabulary", actual="--pad-vocab-to", remedy="Leave it out")
+    dialects = (source.dialect.name,) if same else target.dialects
+    dialect = DIALECTS.get(_one_of(request.dialect, dialects, f"{request.to} has no dialect"))
     container = _one_of(request.container, target.containers, f"{request.to} has no container")
-    spec = _one_of(request.spec, specs_of(dialect, source.family), f"dialect {dialect.name} has no spec")
+    specs = (source.spec,) if same else specs_of(dialect, source.family)
+    spec = _one_of(request.spec, specs, f"dialect {dialect.name} has no spec")
     if source.scheme is not None:
         raise UsageError(
             "a quantised source can only be verified, not converted", actual=source.scheme.name, remedy="Convert the original weights"
@@ -52,11 +68,32 @@ def settle_words(source: Source, request: Request) -> Words:
         raise UsageError(f"dialect {dialect.name!r} has no place for quantised weights", remedy="Use --dialect huggingface")
     if scheme is not None and source.config.fields.get("num_experts"):
         raise UnsupportedError(f"models with experts are not quantised yet, as {scheme.name!r} does not know their names")
-    padded = padded_vocab(source, request, dialect)
+    padded = None if same else padded_vocab(source, request, dialect)
     fields = dict(source.config.fields)
     if not target.ranked and padded is not None:
         fields["vocab_size"] = padded  # nothing but config.json says how long the table is
-    return Words(dialect, container, spec, padded, ModelConfig(source.config.family, fields), scheme)
+    config = ModelConfig(source.config.family, fields)
+    return Words(dialect, container, spec, padded, config, scheme, _dtype(request), _planes(source, request))
+
+
+def _dtype(request: Request) -> str | None:
+    """The target's own dtype, or the one asked for."""
+    fixed: str | None = getattr(FORMATS.get(request.to), "dtype", None)
+    if fixed is not None and request.dtype is not None and castable(request.dtype) != fixed:
+        raise UsageError(f"{request.to} holds {fixed} and nothing else", actual=f"--dtype {request.dtype}", remedy="Leave it out")
+    return fixed or request.dtype
+
+
+def _planes(source: Source, request: Request) -> tuple[str, ...]:
+    """The source's planes, where the target can hold them and they are wanted."""
+    if request.optimizer not in (None, "keep", "drop"):
+        raise UsageError("--optimizer is keep or drop", actual=request.optimizer)
+    holds = getattr(FORMATS.get(request.to), "planes", False)
+    if request.optimizer == "keep" and not (holds and source.planes):
+        what = f"{request.to} has no place for the optimizer's state" if not holds else "the source holds no optimizer state"
+        able = [f.name for f in FORMATS if getattr(f, "planes", False)]
+        raise UsageError(what, remedy=f"Formats that hold it: {', '.join(able)}. Leave out --optimizer keep to convert the weights")
+    return tuple(source.planes) if holds and request.optimizer != "drop" else ()
 
 
 def _one_of(wanted: str | None, known: Sequence[str], what: str) -> str:

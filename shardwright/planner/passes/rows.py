@@ -63,6 +63,8 @@ class RowClass:
         The row's operations: hub tensors in, the whole stored tensor out. `whole` is `build` of leaves.
     alias
         Whether it repeats a hub tensor that another row holds.
+    average
+        Whether its copies on several ranks may differ, and their mean is read.
     """
 
     label: str
@@ -73,6 +75,7 @@ class RowClass:
     shards: tuple[LazyTensor, ...]
     build: Callable[[Sequence[LazyTensor]], LazyTensor]
     alias: bool
+    average: bool = False
 
 
 class RowInstance(NamedTuple):
@@ -425,7 +428,8 @@ class _Expander:
             if stacked and split.axis is not None:
                 split = replace(split, axis=split.axis + 1)
             split = replace(split, cycles=self.layout.tp // tp if row.experts else self.layout.ep)
-            self.classes.append(RowClass(row.names[self.spec], hub, shapes, whole, split, tuple(apply_split(whole, split)), build, alias))
+            shards = tuple(apply_split(whole, split))
+            self.classes.append(RowClass(row.names[self.spec], hub, shapes, whole, split, shards, build, alias, row.average))
         return self.known[key]
 
     @contextmanager

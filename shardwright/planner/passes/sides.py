@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import CheckpointError, MissingTensorError, ShapeMismatchError, UnknownTensorError, UnsupportedError
-from ..containers.base import StoredTensor
+from ..containers.base import Cut, StoredTensor
 from ..layout import Layout, Split
 from ..plan import KERNELS, Dropped, Ints, ValueOp
 from ..schemes import Scheme
@@ -32,7 +32,9 @@ from ..tensor.lazy import LazyTensor, leaf
 from .rows import Expansion, RowClass, RowInstance, apply_split
 
 __all__ = [
+    "WEIGHT",
     "Bound",
+    "Form",
     "SourceSide",
     "StoredOutput",
     "TargetSide",
@@ -49,6 +51,7 @@ __all__ = [
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 Shape = tuple[int, ...]
+Form = Shape | Cut | None
 Units = Mapping[tuple[int, int], Mapping[str, StoredTensor]]
 """Stored tensors by name, for each (rank, virtual chunk)."""
 
@@ -74,21 +77,22 @@ class Bound:
     ----------
     dtype
         Stored dtype (source side) or the source's dtype that goes in (target side).
-    strides
-        Per operand, where a stored tensor is not row-major.
+    forms
+        Per rank, how its stored tensor lies (`StoredTensor.form`); empty where all are row-major in one place.
     outputs, op
         Target side only.
     hub
         Hub names of each row.
     files, offsets
-        ``[rows, operands]``; operands are the ranks that hold the row (per output).
+        ``[rows, operands]``; operands are the ranks that hold the row (per output). On the source side a rank's tensor has as
+        many operands as fragments and regions of padding.
     grain
         Axis-0 rows of the stored tensors that one tile must own whole; 1 when free.
     """
 
     row: RowClass
     dtype: str
-    strides: tuple[Shape | None, ...] = ()
+    forms: tuple[Form, ...] = ()
     outputs: tuple[StoredOutput, ...] = ()
     op: ValueOp | None = None
     hub: list[tuple[str, ...]] = field(default_factory=list)
@@ -112,9 +116,13 @@ class SourceSide:
         return self.bounds[self.holders[hub][0]].dtype
 
 
+WEIGHT = "weight"
+"""The plane of the weights."""
+
+
 class Wanted(NamedTuple):
     """A tensor that the target stores on several ranks of a stage: its bound row and output, the ranks, tp fastest (of one
-    expert-parallel rank for experts, else of all), and the chunk, key, dtype and shape, which are the same on all of them."""
+    expert-parallel rank for experts, else of all), and the chunk, key, dtype, shape and plane, which are the same on all."""
 
     bound: int
     row: int
@@ -124,6 +132,7 @@ class Wanted(NamedTuple):
     name: str
     dtype: str
     shape: Shape
+    plane: str = WEIGHT
 
 
 @dataclass(slots=True)
@@ -134,6 +143,10 @@ class TargetSide:
     instances: list[tuple[int, int]] = field(default_factory=list)
     wanted: list[Wanted] = field(default_factory=list)
     positions: Ints = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
+
+    def renumber(self) -> None:
+        """Take `positions` from `wanted`."""
+        self.positions = np.array([w[:3] for w in self.wanted], dtype=np.int64).reshape(-1, 3)
 
 
 def resolve(
@@ -147,27 +160,27 @@ def resolve(
         Name the tensor, the file, expected and actual.
     """
     side = SourceSide()
-    seen: dict[tuple[int, str, tuple[Shape | None, ...]], int] = {}
+    seen: dict[tuple[int, str, tuple[Form, ...]], int] = {}
     stages, several = _stages(layout, units), len(units) > 1
     places: list[list[StoredTensor]] = []
     classes, bounds, holders = expansion.classes, side.bounds, side.holders
     shapes = [row.shards[0].shape for row in classes]
-    strides: tuple[Shape | None, ...]
+    forms: tuple[Form, ...]
     for index, name, hub, pp, ep, chunk in expansion.instances:
         row, stage = classes[index], stages[pp, ep, chunk]
         # One rank, as a Hugging Face checkpoint is: a lookup and a comparison, and `_look_up` only to say what is wrong.
         lone = stage.units[0].get(name) if len(stage.units) == 1 else None
         if lone is not None and lone.shape == shapes[index]:
-            stored, strides = [lone], (lone.strides,)
+            stored, forms = [lone], (lone.form,)
         elif (looked := _look_up(name, row, stage, several, expansion)) is None:
             continue
         else:
-            stored, strides = looked, tuple([s.strides for s in looked])
-        key = (index, stored[0].dtype, strides)
+            stored, forms = looked, tuple([s.form for s in looked])
+        key = (index, stored[0].dtype, forms)
         number = seen.get(key, -1)
         if number < 0:
             number = seen[key] = len(bounds)
-            bounds.append(Bound(row, stored[0].dtype, strides if any(strides) else ()))
+            bounds.append(Bound(row, stored[0].dtype, forms if any(forms) else ()))
             places.append([])
         rows = bounds[number].hub
         if row.alias:
@@ -176,9 +189,11 @@ def resolve(
             for slot, member in enumerate(hub):
                 holders[member] = (number, len(rows), slot)
         rows.append(hub)
-        places[number] += stored
         stage.taken.add(name)
-        side.used += zip(stage.ranks, stored, strict=True)
+        for rank, tensor in zip(stage.ranks, stored, strict=True):
+            held = _in_pieces(tensor) if tensor.fragments or tensor.blanks else [tensor]
+            places[number] += held
+            side.used += [(rank, part) for part in held]
     for bound, held in zip(side.bounds, places, strict=True):
         bound.files = np.array([file_number[s.file] for s in held], dtype=np.int64).reshape(len(bound.hub), -1)
         bound.offsets = np.array([s.offset for s in held], dtype=np.int64).reshape(len(bound.hub), -1)
@@ -188,6 +203,12 @@ def resolve(
             taken[rank, chunk] = (*taken.get((rank, chunk), ()), stage.taken)
     _account(units, taken, expansion, ignore, side, dialect)
     return side
+
+
+def _in_pieces(tensor: StoredTensor) -> list[StoredTensor]:
+    """Each fragment of a tensor, then each region of its padding, as a tensor of its own; the order of a bound's operands."""
+    parts = [(tensor.name, run) for run in tensor.runs] + [(f"{tensor.name} (padding)", blank) for blank in tensor.blanks]
+    return [StoredTensor(name, tensor.dtype, (run.elements,), run.file, run.offset) for name, run in parts]
 
 
 class _Stage(NamedTuple):
@@ -378,7 +399,7 @@ def targets(
     for bound in side.bounds:
         bound.files = np.zeros((len(bound.hub), bound.row.split.width * len(bound.outputs)), dtype=np.int64)
         bound.offsets = np.zeros_like(bound.files)
-    side.positions = np.array([w[:3] for w in side.wanted], dtype=np.int64).reshape(-1, 3)
+    side.renumber()
     return side
 
 

@@ -6,11 +6,11 @@ Boundary: pure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from ..tensor.lazy import LazyTensor
-from .lower import gather_row
+from .lower import averaged, gather_row
 from .sides import SourceSide
 
 __all__ = ["View", "hub_view"]
@@ -18,30 +18,25 @@ __all__ = ["View", "hub_view"]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A lazy tensor over operands, and where those lie: (file number, byte offset) each."""
+    """A lazy tensor over operands, and where those lie: (file number, byte offset) each. Where copies are averaged, `copies` are
+    the others of the tensor, over the same operands, and its value is the mean of all."""
 
     name: str
     dtype: str
     tensor: LazyTensor
     operands: tuple[tuple[int, int], ...]
+    copies: tuple[LazyTensor, ...] = ()
+
+    def mapped(self, change: Callable[[LazyTensor], LazyTensor]) -> View:
+        """The view of what `change` makes of the tensor."""
+        return replace(self, tensor=change(self.tensor), copies=tuple([change(copy) for copy in self.copies]))
 
 
 def hub_view(side: SourceSide, name: str) -> View:
     """A hub tensor."""
-    tensors, operands = _parts(side, [name])
-    return View(name, side.dtype(name), tensors[0], operands)
-
-
-def _parts(side: SourceSide, names: Sequence[str]) -> tuple[list[LazyTensor], tuple[tuple[int, int], ...]]:
-    """Hub tensors over one list of operands."""
-    base: dict[tuple[int, int], int] = {}
-    operands: list[tuple[int, int]] = []
-    tensors = []
-    for name in names:
-        number, row, slot = side.holders[name]
-        bound = side.bounds[number]
-        if (number, row) not in base:
-            base[number, row] = len(operands)
-            operands += zip(bound.files[row].tolist(), bound.offsets[row].tolist(), strict=True)
-        tensors.append(gather_row(bound, bound.row.shards, slot, bound.row.shapes[slot], base[number, row]).tensor)
-    return tensors, tuple(operands)
+    number, row, slot = side.holders[name]
+    bound = side.bounds[number]
+    found = gather_row(bound, bound.row.shards, slot, bound.row.shapes[slot], 0)
+    copies = tuple([LazyTensor(found.tensor.shape, pieces) for pieces in found.replicas]) if averaged(bound) else ()
+    operands = tuple(zip(bound.files[row].tolist(), bound.offsets[row].tolist(), strict=True))
+    return View(name, side.dtype(name), found.tensor, operands, copies)

@@ -1,0 +1,392 @@
+"""ZeRO and universal checkpoints against the rules: any cut is put together, optimizer state follows its weight, and what
+contradicts itself is refused with file, what was expected and what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+import shardwright as sw
+from shardwright.errors import CheckpointError, MissingTensorError, PaddingError, UnknownTensorError, UnsupportedError, UsageError
+from shardwright.planner.passes.build import build
+from shardwright.planner.request import Request
+from tests.property.test_invariance import digest
+from tests.unit.tiny import tiny_llama
+from tests.unit.zero_writer import STATES, Zero, deepspeed_classes, write
+
+few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_sync() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
+class Model:
+    """Masters and optimizer state of a small llama whose sizes nothing divides."""
+
+    def __init__(self, folder: Path, **config: Any) -> None:
+        tiny_llama(folder, layers=2, hidden=12, heads=2, kv=1, vocab=13, shards=1, **config)
+        self.config = json.loads((folder / "config.json").read_text())
+        self.masters = load_file(folder / "model.safetensors")
+        rng = np.random.default_rng(1)
+        self.states = {key: {n: rng.standard_normal(a.shape, np.float32) for n, a in self.masters.items()} for key in STATES}
+
+    def write(self, folder: Path, **zero: Any) -> Path:
+        return write(folder, self.masters, self.states, Zero(**zero), self.config)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Model:
+    return Model(tmp_path_factory.mktemp("model") / "llama")
+
+
+def universal(folder: Path, key: str) -> dict[str, np.ndarray]:
+    found = {p.parent.name: torch.load(p, weights_only=True) for p in folder.glob(f"*/zero/*/{key}.pt")}
+    return {name: value["param"].numpy() for name, value in found.items()}
+
+
+def same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> bool:
+    return one.keys() == two.keys() and all(np.array_equal(one[n], two[n]) and one[n].dtype == two[n].dtype for n in two)
+
+
+@few
+@given(
+    stage=st.sampled_from([1, 2, 3, "bf16"]),
+    dp=st.sampled_from([1, 2, 3, 4, 7, 12, 13]),
+    groups=st.integers(1, 4),
+    alignment=st.sampled_from([1, 1, 4, 8]),
+    elastic=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_any_run_is_put_together(stage, dp, groups, alignment, elastic, seed, model, tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    dice = random.Random(seed)
+    names = list(model.masters)
+    dice.shuffle(names)
+    frozen = names[: dice.choice((0, 0, 1, 3))]
+    rest = names[len(frozen) :]
+    cuts = [rest[i::groups] for i in range(groups)]
+    flat = stage in (1, 2, "bf16")
+    source = model.write(
+        root / "run", stage=stage, dp=dp, groups=cuts, alignment=alignment if flat else 1, elastic=elastic and flat, frozen=frozen
+    )
+    ckpt = sw.open(source)
+    assert (ckpt.format, ckpt.layout, list(ckpt.source.planes)) == ("deepspeed-zero", sw.Layout(), list(STATES))
+    low = {n: torch.from_numpy(a).bfloat16().float().numpy() for n, a in model.masters.items() if n in frozen}
+    expected = {**model.masters, **low}
+    job = sw.plan(ckpt, root / "hf", to="huggingface", dtype="float32")
+    outcome = job.execute()
+    assert same(load_file(root / "hf" / "model.safetensors"), expected)
+    assert outcome.bytes_read == sum(t.nbytes for t in job.plan.source_tensors)
+    sw.convert(ckpt, root / "universal", to="deepspeed-universal")
+    assert same(universal(root / "universal", "fp32"), expected)
+    for key in STATES:
+        assert same(universal(root / "universal", key), {n: a for n, a in model.states[key].items() if n not in frozen})
+    assert sw.verify(root / "universal", ckpt).ok and sw.diff(root / "universal", root / "hf").ok
+    steps = [torch.load(p, weights_only=True) for p in (root / "universal").glob("*/zero/*/step.pt")]
+    assert len(steps) == len(rest) and all(step.equal(torch.tensor(3.0)) for step in steps)
+
+
+def test_memory_and_tiles_never_change_a_byte(model, tmp_path):
+    source = sw.open(model.write(tmp_path / "run", stage=3, dp=5))
+    found = set()
+    for number, (tile_bytes, memory, workers) in enumerate([(400, "1GiB", 1), (1001, "128MiB", 3), (1 << 27, "1GiB", 2)]):
+        plan = build(source.source, Request("deepspeed-universal"), tile_bytes=tile_bytes)
+        sw.Conversion(plan, tmp_path / f"{number}", memory=memory, workers=workers).execute()
+        found.add(digest(tmp_path / f"{number}", skip=("shardwright.json",)))
+    assert len(found) == 1
+
+
+def test_a_bare_universal_checkpoint_is_read(model, tmp_path):
+    """What ds_to_universal makes of ZeRO-3: vectors without a shape, and no step files."""
+    sw.convert(model.write(tmp_path / "run", stage=3, dp=4, frozen=["model.norm.weight"]), tmp_path / "out", to="deepspeed-universal")
+    sw.convert(tmp_path / "out", tmp_path / "expected", to="huggingface")
+    for path in (tmp_path / "out").glob("*/zero/*/*.pt"):
+        value = torch.load(path, weights_only=True)
+        if path.stem == "step" or path.parent.name == "model.norm.weight":
+            path.unlink()
+        else:
+            torch.save(value["param"].flatten(), path)
+    shutil.rmtree(next((tmp_path / "out").glob("*/zero/model.norm.weight")))
+    (tmp_path / "out" / "shardwright.json").unlink()
+    bare = sw.open(tmp_path / "out")
+    sw.convert(bare, tmp_path / "found", to="huggingface", dtype="float32")
+    assert same(load_file(tmp_path / "found" / "model.safetensors"), load_file(tmp_path / "expected" / "model.safetensors"))
+    sw.convert(bare, tmp_path / "again", to="deepspeed-universal")
+    assert len(list((tmp_path / "again").glob("*/zero/*/step.pt"))) == len(model.masters) - 1
+
+
+def test_a_universal_checkpoint_has_what_each_stage_asks_for(model, tmp_path):
+    for stage in (2, 3):
+        source = model.write(tmp_path / f"run{stage}", stage=stage, dp=2, groups=[list(model.masters)[:5], list(model.masters)[5:]])
+        out = tmp_path / f"out{stage}"
+        sw.convert(source, out, to="deepspeed-universal")
+        assert (out / "latest_universal").read_text() == "global_step3_universal"
+        states = torch.load(out / "global_step3_universal" / "zero" / "optimizer_state.pt", weights_only=True)
+        assert states["ds_version"] == "0.19.8" and states["param_groups"][0]["lr"] == 0.1
+        assert states["optimizer_state_dict"]["state"][0]["step"].equal(torch.tensor(3.0))
+        assert states["optimizer_state_dict"]["param_groups"] == states["param_groups"]
+        for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+            held = torch.load(out / "global_step3_universal" / name, weights_only=True)
+            assert (held["global_steps"], held["lr_scheduler"], held["dp_world_size"]) == (3, {"last_batch_iteration": 3}, 2)
+    copied = tmp_path / "out2" / "global_step3_universal" / "mp_rank_00_model_states.pt"
+    assert copied.read_bytes() == (tmp_path / "run2" / "global_step3" / "mp_rank_00_model_states.pt").read_bytes()
+
+
+def test_optimizer_state_is_kept_where_it_can_be(model, tmp_path):
+    source = sw.open(model.write(tmp_path / "run"))
+    job = sw.plan(source, to="huggingface")
+    assert {d.name: d.reason for d in job.plan.dropped if d.name in STATES} == dict.fromkeys(
+        STATES, "huggingface has no place for the optimizer's state"
+    )
+    with pytest.raises(UsageError, match=r"huggingface has no place for the optimizer's state.*deepspeed-universal"):
+        sw.plan(source, to="huggingface", optimizer="keep")
+    with pytest.raises(UsageError, match="--optimizer is keep or drop"):
+        sw.plan(source, to="huggingface", optimizer="some")
+    with pytest.raises(UsageError, match="holds float32 and nothing else"):
+        sw.plan(source, to="deepspeed-universal", dtype="bfloat16")
+    sw.convert(source, tmp_path / "weights", to="deepspeed-universal", optimizer="drop")
+    assert {p.stem for p in (tmp_path / "weights").glob("*/zero/*/*.pt")} == {"fp32"}
+    weights = sw.open(tmp_path / "weights")
+    assert not weights.source.planes and sw.verify(weights, source).ok
+    with pytest.raises(UsageError, match="the source holds no optimizer state"):
+        sw.plan(weights, to="deepspeed-universal", optimizer="keep")
+    with pytest.raises(UnsupportedError, match="goes on with a training run, and the source holds none"):
+        sw.plan(tiny_llama(tmp_path / "hf"), to="deepspeed-universal")
+    with pytest.raises(UnsupportedError, match=r"only read here.*deepspeed-universal"):
+        sw.plan(source, to="deepspeed-zero")
+
+
+def test_planes_are_planned_as_the_weights_are(model, tmp_path):
+    source = sw.open(model.write(tmp_path / "run", dp=3))
+    job = sw.plan(source, tmp_path / "out", to="deepspeed-universal")
+    name = "exp_avg_sq:model.layers.1.mlp.up_proj.weight"
+    said = job.explain(name)
+    assert f"{name} @ rank 0" in said and "zero_pp_rank_" in said and "exp_avg_sq.pt" in said
+    assert job.lineage(name).number_of_nodes() >= 5
+    job.save(tmp_path / "plan.json")
+    again = sw.load_plan(tmp_path / "plan.json")
+    assert again.plan.bindings[0].names == job.plan.bindings[0].names and again.hash == job.hash
+    again.execute()
+    assert sw.verify(tmp_path / "out", source).level == "values"
+    whole = universal(tmp_path / "out", "fp32")
+    path = next((tmp_path / "out").glob("*/zero/model.norm.weight/exp_avg.pt"))
+    spoilt = bytearray(path.read_bytes())
+    at = spoilt.index(model.states["exp_avg"]["model.norm.weight"].tobytes())
+    spoilt[at] ^= 1
+    path.write_bytes(spoilt)
+    found = sw.verify(tmp_path / "out", source)
+    assert not found.ok and found.different[0].startswith("exp_avg:model.norm.weight@0, element 0") and same(whole, model.masters)
+
+
+def test_tied_weights_are_one_parameter(tmp_path):
+    tied = Model(tmp_path / "llama", tie_word_embeddings=True)
+    shared = {"lm_head.weight": "model.embed_tokens.weight"}
+    source = sw.open(tied.write(tmp_path / "run", shared=shared))
+    assert any(d.name == "lm_head.weight" and d.reason == "another name of model.embed_tokens.weight" for d in source.source.dropped)
+    sw.convert(source, tmp_path / "out", to="huggingface")
+    assert same(load_file(tmp_path / "out" / "model.safetensors"), tied.masters)
+    # A model that shares them although its config does not say so has both names.
+    loose = sw.open(tmp_path / "run", config={**tied.config, "tie_word_embeddings": False})
+    sw.convert(loose, tmp_path / "loose", to="huggingface")
+    found = load_file(tmp_path / "loose" / "model.safetensors")
+    assert np.array_equal(found["lm_head.weight"], tied.masters["model.embed_tokens.weight"]) and len(found) == len(tied.masters) + 1
+
+
+def test_buffers_are_no_parameters(model, tmp_path):
+    buffers = {"model.extra": torch.tensor([1, 1 << 40])}
+    source = sw.open(model.write(tmp_path / "run", buffers=buffers))
+    with pytest.raises(UnknownTensorError, match=r"model\.extra.*int64 \(2,\)"):
+        sw.plan(source, to="huggingface")
+    sw.convert(source, tmp_path / "out", to="deepspeed-universal", drop=("model.extra",))
+    assert sw.verify(tmp_path / "out", source).ok
+    assert same(universal(tmp_path / "out", "fp32"), model.masters)
+
+
+# What bad input gets.
+
+Change = Callable[[Path], None]
+
+
+def edit(name: str, change: Callable[[dict[str, Any]], None]) -> Change:
+    """Load a file of the step, change it, save it again."""
+
+    def run(folder: Path) -> None:
+        with deepspeed_classes():
+            held = torch.load(folder / name, weights_only=False)
+            change(held)
+            torch.save(held, folder / name)
+
+    return run
+
+
+def optimizer(rank: int, change: Callable[[dict[str, Any]], None]) -> Change:
+    return edit(f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", lambda held: change(held["optimizer_state_dict"]))
+
+
+def states(change: Callable[[dict[str, Any]], None]) -> Change:
+    return edit("mp_rank_00_model_states.pt", change)
+
+
+def shorter(states: dict[str, Any]) -> None:
+    states["single_partition_of_fp32_groups"][0] = states["single_partition_of_fp32_groups"][0][:-1]
+
+
+OPTIM, MODEL = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"
+BAD: dict[str, tuple[Change, str]] = {
+    "a missing rank": (lambda f: (f / OPTIM).unlink(), r"data-parallel ranks.*expected ranks 0 … 3, actual missing: 1.*Copy"),
+    "no rank at all": (lambda f: (f / "mp_rank_00_model_states.pt").unlink(), "without their model states.*mp_rank_00_model_states.pt"),
+    "two of one rank": (lambda f: shutil.copy(f / OPTIM, f / OPTIM[5:]), "two files are of one rank.*Remove the stale one"),
+    "a rank too many": (lambda f: shutil.copy(f / OPTIM, f / OPTIM.replace("1_mp", "4_mp")), "too many: 4"),
+    "another model-parallel rank": (
+        lambda f: shutil.copy(f / OPTIM, f / OPTIM.replace("mp_rank_00", "mp_rank_01")),
+        "model-parallel ranks.*too many: 1",
+    ),
+    "states of two stages": (
+        lambda f: shutil.copy(f / MODEL, f / f"zero_pp_rank_0_{MODEL}"),
+        "model states of ZeRO-3 and of another stage",
+    ),
+    "sizes that are not there": (
+        states(lambda s: s.update(checkpoint_parallel_dimensions={"tp_degree": 2, "pp_degree": 1})),
+        "expected tp 2 × pp 1 model-parallel ranks, actual 1",
+    ),
+    "a part in the middle too short": (optimizer(1, shorter), r"partitions of parameter group 0.*on rank 0, \d+ on rank 1"),
+    "a part at the end too short": (optimizer(3, shorter), "partitions of parameter group 0 do not hold its parameters"),
+    "moments too short": (
+        optimizer(1, lambda s: s["base_optimizer_state"]["state"][0].update(exp_avg=torch.zeros(3))),
+        "partitions of exp_avg of parameter group 0.*actual.*3 on rank 1",
+    ),
+    "moments of one rank": (
+        optimizer(2, lambda s: s["base_optimizer_state"]["state"][0].pop("exp_avg")),
+        r"state of group 0.*expected \['exp_avg'",
+    ),
+    "other steps": (
+        optimizer(2, lambda s: s["base_optimizer_state"]["state"][0].update(step=torch.tensor(4.0))),
+        "'step'.*as in .*rank_0_mp",
+    ),
+    "another stage": (optimizer(2, lambda s: s.update(zero_stage=1)), r"not of one run.*expected stage 2.*actual stage 1"),
+    "an unknown stage": (optimizer(0, lambda s: s.update(zero_stage=4)), "'zero_stage'.*expected 1, 2 or 3, actual 4"),
+    "other partitions": (optimizer(0, lambda s: s.update(partition_count=[2])), "ranks 0 … 1, actual too many: 2, 3"),
+    "no partition count": (optimizer(0, lambda s: s.pop("partition_count")), "'partition_count'.*positive numbers"),
+    "no masters": (optimizer(0, lambda s: s.pop("single_partition_of_fp32_groups")), "single_partition_of_fp32_groups.*a list.*nothing"),
+    "no optimizer": (optimizer(0, lambda s: s.pop("base_optimizer_state")), "'base_optimizer_state'.*actual nothing"),
+    "a step of many numbers": (
+        optimizer(0, lambda s: s["base_optimizer_state"]["state"][0].update(step=torch.zeros(99))),
+        "'step'|state of group 0",
+    ),
+    "another group": (states(lambda s: s["param_shapes"].append({"x": torch.Size([2])})), "number of parameter groups.*expected 2"),
+    "another shape": (
+        states(lambda s: s["param_shapes"][0].update({"model.norm.weight": torch.Size([13])})),
+        "do not hold its parameters",
+    ),
+    "no shape": (states(lambda s: s["param_shapes"][0].update({"model.norm.weight": "12"})), "'param_shapes'.*expected shapes"),
+    "no module": (states(lambda s: s.pop("module")), "'module'.*a dictionary of tensors, or None, actual nothing"),
+    "experts elsewhere": (states(lambda s: s.update(ds_autoep_layers=[{}])), "AutoEP.*ds_to_universal"),
+    "a version of the rows": (states(lambda s: s.update(checkpoint_version="new")), "'checkpoint_version'.*a number"),
+    "other padding": (
+        optimizer(0, lambda s: s.update(param_alignment_paddings=[[0]])),
+        "other alignment paddings than parameters",
+    ),
+    "a stale marker": (lambda f: (f.parent / "latest").write_text("global_step9"), "latest.*global_step9.*global_step3"),
+    "two steps": (
+        lambda f: (shutil.copytree(f, f.parent / "global_step4"), (f.parent / "latest").unlink()),  # type: ignore[func-returns-value]
+        "several steps lie here.*global_step3, global_step4.*latest",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_runs_are_refused(case, model, tmp_path):
+    change, message = BAD[case]
+    source = model.write(tmp_path / "run", dp=4)
+    change(source / "global_step3")
+    with pytest.raises((CheckpointError, UnsupportedError), match="(?s)" + message) as refused:
+        sw.open(source)
+    assert refused.value.exit_code == 3 and refused.value.file and refused.value.remedy
+
+
+def test_padding_that_is_not_padding_is_refused(model, tmp_path):
+    for number, zero in enumerate([{"stage": "bf16"}, {"stage": 2}, {"stage": 1, "alignment": 8, "elastic": True}]):
+        source = sw.open(model.write(tmp_path / f"run{number}", dp=12, blank=0.5, **zero))
+        with pytest.raises(PaddingError, match=r"padding of a flat partition is not zero.*optim_states.pt") as refused:
+            sw.convert(source, tmp_path / f"out{number}", to="deepspeed-universal")
+        assert refused.value.exit_code == 4 and not (tmp_path / f"out{number}").exists()
+
+
+def test_the_step_folder_is_found(model, tmp_path):
+    source = model.write(tmp_path / "run")
+    shutil.copytree(source / "global_step3", source / "global_step12")
+    (source / "latest").write_text("global_step12\n")
+    assert next(iter(sw.open(source).source.files)).startswith("global_step12/")
+    (source / "latest").unlink()
+    shutil.rmtree(source / "global_step3")
+    assert next(iter(sw.open(source).source.files)).startswith("global_step12/")
+    shutil.copy(source / "config.json", source / "global_step12")
+    assert sw.open(source / "global_step12").source.training.tag == "global_step3"
+    assert {d["name"] for d in json.loads(inspect_json(source))["dropped"]} == {"module"}
+
+
+def inspect_json(folder: Path) -> str:
+    from click.testing import CliRunner
+
+    from shardwright.cli import main
+
+    result = CliRunner().invoke(main, ["inspect", str(folder), "--json"])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+BAD_UNIVERSAL: dict[str, tuple[Change, type[Exception], str]] = {
+    "no model states": (
+        lambda f: [p.unlink() for p in f.glob("*_model_states.pt")],
+        CheckpointError,
+        "without its model states.*mp_rank_00",
+    ),
+    "no common state": (lambda f: (f / "zero/optimizer_state.pt").unlink(), CheckpointError, "what its optimizers share"),
+    "no weights": (
+        lambda f: (f / "zero/model.norm.weight/fp32.pt").unlink(),
+        CheckpointError,
+        "has no weights.*model.norm.weight.*fp32.pt",
+    ),
+    "no parameter": (lambda f: shutil.rmtree(f / "zero/model.norm.weight"), MissingTensorError, "model.norm.weight"),
+    "another length": (
+        lambda f: torch.save(torch.zeros(7), f / "zero/lm_head.weight/fp32.pt"),
+        CheckpointError,
+        r"another number of elements.*\(13, 12\), actual \(7,\)",
+    ),
+    "no tensor": (
+        lambda f: torch.save({"cat_dim": 0}, f / "zero/model.norm.weight/fp32.pt"),
+        CheckpointError,
+        "'param'.*a tensor.*nothing",
+    ),
+    "a parameter that no rule names": (
+        lambda f: shutil.copytree(f / "zero/model.norm.weight", f / "zero/model.more.weight"),
+        UnknownTensorError,
+        "model.more.weight",
+    ),
+    "both kinds of checkpoint": (lambda f: torch.save({}, f / OPTIM), CheckpointError, "several formats.*deepspeed-universal"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_UNIVERSAL)
+def test_bad_universal_checkpoints_are_refused(case, model, tmp_path):
+    change, kind, message = BAD_UNIVERSAL[case]
+    sw.convert(model.write(tmp_path / "run"), tmp_path / "out", to="deepspeed-universal")
+    change(tmp_path / "out" / "global_step3_universal")
+    with pytest.raises(kind, match="(?s)" + message):
+        sw.plan(sw.open(tmp_path / "out"), to="huggingface")
