@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +23,7 @@ from ..planner.passes.memory import itemsize
 from ..planner.plan import Output, Program
 from ..planner.tensor.pieces import FILL, Box, Piece, align, select
 from .move import Dim, Move, dense, local, merge
-from .transfer import ReadStep, WriteStep, read_steps, write_steps
+from .transfer import ReadStep, WriteStep, read_steps, shared, write_steps
 
 __all__ = ["Layouts", "Reads", "Strip", "Writes", "extents_of", "moves", "output_box"]
 
@@ -165,7 +167,15 @@ def _runs(move: Move) -> tuple[tuple[Dim, ...], int]:
 
 
 def _reads(found: Sequence[Move], staging: int) -> Reads:
-    return tuple((move.slot, step) for move in found for step in read_steps(move, staging))
+    """The steps of all moves, operand by operand."""
+    reads: list[tuple[int, ReadStep]] = []
+    for slot, group in groupby(found, attrgetter("slot")):
+        several = list(group)
+        # Blocks of several moves leave room for one another in the staging buffer.
+        room = staging if len(several) == 1 else staging - staging // 8
+        steps = [step for move in several for step in read_steps(move, room)]
+        reads += [(slot, step) for step in (steps if slot == FILL else shared(steps, staging))]
+    return tuple(reads)
 
 
 def extents_of(piece: Piece, size: int) -> tuple[int, tuple[Dim, ...], int]:

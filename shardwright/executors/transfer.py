@@ -9,7 +9,7 @@ Reading (file → strip buffer), the first that applies:
    buffer object per run exceeds the copy that it saves.
 4. **stage**, the general way: read the file range that covers a block into the staging buffer, then copy strided.
    Gaps of up to 8 KiB between runs are read and skipped, for that is cheaper than another call; larger gaps end the
-   block.
+   block. Where the gaps of one move are the runs of another, as in a fused tensor, one reading serves both (`shared`).
 
 Writing (strip buffer → file), never reading first and never touching a byte between runs:
 
@@ -18,7 +18,7 @@ Writing (strip buffer → file), never reading first and never touching a byte b
 
 A block never exceeds the staging buffer; a dim that is too long is cut into equal blocks and a remainder.
 
-Boundary: `read_steps` and `write_steps` are pure; `gather` and `scatter` do IO through the two callables they are given.
+Boundary: `read_steps`, `shared` and `write_steps` are pure; `gather` and `scatter` do IO through the two callables they are given.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import NamedTuple
 from ..planner.tensor.pieces import FILL
 from .move import Dim, Move, copy, dense, offsets
 
-__all__ = ["VECTOR", "Read", "ReadStep", "Write", "WriteStep", "gather", "read_steps", "scatter", "write_steps"]
+__all__ = ["VECTOR", "Read", "ReadStep", "Write", "WriteStep", "gather", "read_steps", "scatter", "shared", "write_steps"]
 
 VECTOR = True
 """Whether `preadv` may scatter; off, every such read takes the general way."""
@@ -51,7 +51,10 @@ Write = Callable[[int, memoryview], None]
 
 
 class ReadStep(NamedTuple):
-    """For each index of `outer`: read `nbytes` at the file offset and bring them to memory by `kind` and `inner`."""
+    """For each index of `outer`: read `nbytes` at the file offset and bring them to memory by `kind` and `inner`.
+
+    `more` are further parts of what is staged: offset in the staging buffer, offset in memory from `mem` on, dims.
+    """
 
     kind: str
     outer: tuple[Dim, ...]
@@ -60,6 +63,7 @@ class ReadStep(NamedTuple):
     nbytes: int
     inner: tuple[Dim, ...]
     size: int
+    more: tuple[tuple[int, int, tuple[Dim, ...]], ...] = ()
 
 
 class WriteStep(NamedTuple):
@@ -125,6 +129,21 @@ def _stage(outer: tuple[Dim, ...], move: Move, nbytes: int, inner: tuple[Dim, ..
     return ReadStep("stage", outer, move.file, move.mem, nbytes, inner, move.size)
 
 
+def shared(steps: Sequence[ReadStep], staging: int) -> list[ReadStep]:
+    """Steps of one operand by file offset; those that stage overlapping ranges of at most the staging buffer are one."""
+    found: list[ReadStep] = []
+    for step in sorted(steps, key=lambda step: step.file):
+        first = found[-1] if found else step
+        end = max(first.file + first.nbytes, step.file + step.nbytes) - first.file
+        overlap = found and step.file < first.file + first.nbytes
+        if overlap and first.kind == step.kind == "stage" and first.outer == step.outer and end <= staging:
+            part = step.file - first.file, step.mem - first.mem, step.inner
+            found[-1] = first._replace(nbytes=end, more=(*first.more, part))
+        else:
+            found.append(step)
+    return found
+
+
 def gather(step: ReadStep, read: Read, base: int, strip: memoryview, staging: memoryview, zeros: memoryview) -> int:
     """Carry out one step for an operand at byte `base`; bytes read."""
     kind, nbytes, inner = step.kind, step.nbytes, step.inner
@@ -140,6 +159,8 @@ def gather(step: ReadStep, read: Read, base: int, strip: memoryview, staging: me
         elif kind == "stage":
             read(file, (staging[:nbytes],))
             copy(inner, step.size, strip, mem, staging, 0)
+            for at, to, dims in step.more:
+                copy(dims, step.size, strip, mem + to, staging, at)
         else:
             _read_scattered(step, read, file, mem, strip)
     return calls * nbytes

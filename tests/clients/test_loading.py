@@ -6,17 +6,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import shardwright as sw
 from shardwright import Layout
 from tests.clients import hf_models
+from tests.clients.deepspeed_tables import opened
 from tests.clients.hf_logits import token_ids
-from tests.clients.judge import MEMORY, TOLERANCE, distance, huggingface_logits
+from tests.clients.judge import MEMORY, TOLERANCE, assert_same_bits, distance, huggingface_logits
+from tests.clients.test_deepspeed_harness import RUNS
+from tests.clients.test_deepspeed_zero import dropped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from tests.clients.deepspeed import Run
     from tests.clients.mcore import Megatron
 
 
@@ -37,6 +42,21 @@ def test_transformers_from_megatron_ranks(case: str, layout: Layout, hf_case: Ca
     with torch.no_grad():
         found = model.eval()(input_ids=token_ids(hf_models.VOCAB, 96), use_cache=False).logits.float()
     assert torch.equal(found, huggingface_logits(source))
+
+
+@pytest.mark.clients("deepspeed", "transformers")
+@pytest.mark.parametrize("name", ["stage 1, frozen", "stage 2, tied", "stage 3, bfloat16", "BF16_Optimizer", "tp 2, pp 2", "experts"])
+def test_deepspeed_runs_at_another_layout(name: str, trained: Callable[..., Run], tmp_path: Path) -> None:
+    """Genuine flat partitions, with what is averaged, tied or frozen: what convert writes, from whatever lies there."""
+    run = trained(**RUNS[name])
+    source, drop = opened(run, run.folder, tmp_path), dropped(run)
+    layout = Layout() if run.job.model == "experts" else Layout(tp=2)
+    options = {"to": "ranks", "layout": layout, "drop": drop, **({} if layout.ranks == 1 else {"pad_vocab_to": 2})}
+    sw.convert(source, tmp_path / "out", memory=MEMORY, **options)
+    found = source.state_dicts(memory=MEMORY, **options)
+    for rank, path in enumerate(sorted((tmp_path / "out").glob("rank_*.safetensors"))):
+        assert_same_bits(found[rank], load_file(path))
+        assert_same_bits(dict(source.state_dict(rank=rank, **options)), load_file(path))
 
 
 @pytest.mark.clients("transformers", "megatron.core")

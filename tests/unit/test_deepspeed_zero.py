@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
 
 import shardwright as sw
 from shardwright.errors import CheckpointError, MissingTensorError, PaddingError, UnknownTensorError, UnsupportedError, UsageError
@@ -326,6 +327,26 @@ def test_padding_that_is_not_padding_is_refused(model, tmp_path):
         with pytest.raises(PaddingError, match=r"padding of a flat partition is not zero.*optim_states.pt") as refused:
             sw.convert(source, tmp_path / f"out{number}", to="deepspeed-universal")
         assert refused.value.exit_code == 4 and not (tmp_path / f"out{number}").exists()
+
+
+@pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2, "alignment": 8}, {"stage": 3}, {"stage": "bf16"}], ids=str)
+def test_any_rank_is_loaded_from_flat_partitions(zero, model, tmp_path):
+    """Runs of several ranks' files make up a tensor: the state dict is what convert writes."""
+    source = sw.open(model.write(tmp_path / "run", dp=7, **zero))
+    options = {"to": "ranks", "layout": sw.Layout(tp=2, pp=2), "dialect": "megatron", "pad_vocab_to": 2, "dtype": "bfloat16"}
+    sw.convert(source, tmp_path / "out", **options)
+    found = source.state_dicts(**options)
+    for rank, path in enumerate(sorted((tmp_path / "out").glob("rank_*.safetensors"))):
+        expected = load_torch(path)
+        for held in (found[rank], source.state_dict(rank=rank, **options)):
+            assert held.keys() == expected.keys()
+            assert all(torch.equal(held[name], tensor) for name, tensor in expected.items())
+
+
+def test_padding_that_is_not_padding_is_refused_by_loads_too(model, tmp_path):
+    source = sw.open(model.write(tmp_path / "run", dp=12, blank=0.5, stage="bf16"))
+    with pytest.raises(PaddingError, match="padding of a flat partition is not zero"):
+        source.state_dict(lazy=False)
 
 
 def test_the_step_folder_is_found(model, tmp_path):

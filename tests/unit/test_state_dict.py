@@ -71,6 +71,14 @@ DENSE = (
     Made("llama", "megatron-legacy", Layout(pp=2, vpp=2), (("spec", "local"),)),
     Made("gpt_neox", "megatron-legacy", Layout(tp=2), (PAD,)),
 )
+DEEPSPEED = (
+    Made("gpt2", "deepspeed-mp", Layout(tp=2), (PAD,)),
+    Made("bloom", "megatron-deepspeed", Layout(tp=2), (PAD,)),
+)
+DEEPSPEED_WAYS = (
+    Way("huggingface", dtype="bfloat16"),
+    Way("ranks", Layout(tp=4, pp=2), (PAD,)),
+)
 EXPERTS = (Made("deepseek_v3"), Made("qwen3_moe", "megatron-legacy", Layout(tp=2, ep=2, pp=2), (PAD,)))
 DENSE_WAYS = (
     Way("huggingface", dtype="bfloat16"),
@@ -85,6 +93,7 @@ EXPERT_WAYS = (
     Way("megatron-legacy", Layout(tp=2, pp=2, ep=2), (PAD,), "float16"),
 )
 GRID = [(made, way) for made in DENSE for way in DENSE_WAYS] + [(made, way) for made in EXPERTS for way in EXPERT_WAYS]
+GRID += [(made, way) for made in DEEPSPEED for way in DEEPSPEED_WAYS]
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +213,7 @@ ALL_RANKS = [
     (Made("llama", "ranks", Layout(tp=2, pp=2), (PAD,)), Way("megatron-legacy", Layout(tp=4), (PAD,))),
     (Made("qwen2", "megatron-legacy", Layout(tp=4, pp=2), (PAD,)), Way("ranks", Layout(tp=2), (PAD,))),
     (Made("gpt_neox", "megatron-legacy", Layout(tp=2), (PAD,)), Way("ranks", Layout(tp=4), (PAD,))),
+    (Made("gpt2"), Way("ranks", Layout(tp=4), (PAD,))),
     (Made("qwen3_moe", "megatron-legacy", Layout(tp=2, ep=2, pp=2), (PAD,)), Way("ranks", Layout(tp=4, ep=3), (PAD,))),
 ]
 

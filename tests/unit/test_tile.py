@@ -1,5 +1,6 @@
 """Tiles: random layouts through any strip size equal numpy; the fast path equals the general one; what data contradicts is said."""
 
+from math import prod
 from pathlib import Path
 from threading import Lock
 from unittest import mock
@@ -19,6 +20,7 @@ from shardwright.executors.local import run
 from shardwright.executors.sources import SourceFiles
 from shardwright.executors.targets import TargetFiles
 from shardwright.executors.tile import Receipt
+from shardwright.executors.transfer import gather, read_steps, shared
 from shardwright.planner.plan import Output, SourceFile, ValueOp
 from shardwright.planner.tensor.lazy import concat, fill, leaf
 from shardwright.planner.tensor.pieces import Piece
@@ -216,6 +218,26 @@ def test_interleaved_parts_that_lie_in_memory_as_in_the_file_are_one_read():
     # In another order in memory they stay apart.
     turned = concat([whole.slice(1, k, k + 1) for k in (2, 0, 1)], 1)
     assert len(moves(turned.pieces, (4, 3, 8), (0, 0, 0), (4, 3, 8), 2)) == 2
+
+
+@pytest.mark.parametrize("staging", [1 << 10, 4 << 10, 64 << 10])
+def test_parts_of_one_range_are_read_together(staging):
+    """Whatever their order in memory, and where the staging buffer holds a part of the rows only."""
+    data = np.arange(40 * 3 * 8, dtype=np.uint16).reshape(40, 3, 8)
+    turned = concat([leaf(0, data.shape).slice(1, k, k + 1) for k in (2, 0, 1)], 1)
+    steps = [step for move in moves(turned.pieces, data.shape, (0, 0, 0), data.shape, 2) for step in read_steps(move, staging * 7 // 8)]
+    result, calls = bytearray(data.nbytes), []
+
+    def read(offset, buffers):
+        (buffer,) = buffers
+        calls.append((offset, len(buffer)))
+        buffer[:] = data.tobytes()[offset : offset + len(buffer)]
+
+    for step in shared(steps, staging):
+        gather(step, read, 0, memoryview(result), memoryview(bytearray(staging)), memoryview(bytes(16)))
+    assert np.array_equal(np.frombuffer(result, np.uint16).reshape(data.shape), data[:, [2, 0, 1]])
+    alone = sum(step.nbytes * prod(dim[0] for dim in step.outer) for step in steps)
+    assert sum(nbytes for _, nbytes in calls) <= data.nbytes * 1.1 and alone > data.nbytes * 1.6
 
 
 @pytest.mark.parametrize("vector", [True, False])

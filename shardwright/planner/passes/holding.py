@@ -211,12 +211,12 @@ def hold(source: Source, request: Request, ranks: Sequence[int], include: Sequen
     for rank in ranks:
         layout.coordinates(rank)
     with no_collector():
-        expansion, prefixed = _rows(source, request)
+        expansion, prefixed, dtype = _rows(source, request)
         _refuse_idle([_name(i, prefixed) for i in expansion.instances], include)
         stages = {layout.coordinates(rank)["pp"] for rank in ranks}
         kept = tuple(i for i in expansion.instances if i.pp in stages and _matches(_name(i, prefixed), include))
         side = bind(source, request.drop)
-        target = targets(replace(expansion, instances=kept), layout, side, casts(source.family, request.dtype), None, source.norm_shift)
+        target = targets(replace(expansion, instances=kept), layout, side, casts(source.family, dtype), None, source.norm_shift)
         wanted = tuple(sorted(set(ranks)))
         held, spots = _held(kept, target, prefixed, wanted)
     stats = {path: source.store.stat(path) for path in source.files}
@@ -224,18 +224,18 @@ def hold(source: Source, request: Request, ranks: Sequence[int], include: Sequen
     return Holding(source, request, wanted, tuple(include), held, side, target, spots, sources)
 
 
-def _rows(source: Source, request: Request) -> tuple[Expansion, bool]:
-    """The target's rows, and whether names of virtual chunks have a prefix."""
+def _rows(source: Source, request: Request) -> tuple[Expansion, bool, str | None]:
+    """The target's rows, whether names of virtual chunks have a prefix, and what floating tensors are cast to."""
     layout = request.layout
     if request.to:
         words = settle_words(source, request)
         rows = expand(source.family, source.config, words.dialect, words.spec, layout, words.padded_vocab, hub=source.hub)
-        return rows, layout.vpp > 1 and words.dialect.numbering == "local"
+        return rows, layout.vpp > 1 and words.dialect.numbering == "local", words.dtype
     if layout.ranks > 1 or request.dialect or request.spec or request.pad_vocab_to:
         raise UsageError("hub tensors are not split, spelled or padded otherwise", remedy="Say what for: to=FORMAT")
     classes: dict[Shape, int] = {}
     instances = [RowInstance(classes.setdefault(shape, len(classes)), name, (name,), 0, None, 0) for name, shape in source.hub.items()]
-    return Expansion(tuple(map(_whole, classes)), tuple(instances)), False
+    return Expansion(tuple(map(_whole, classes)), tuple(instances)), False, request.dtype
 
 
 def _whole(shape: Shape) -> RowClass:

@@ -6,7 +6,8 @@ A target operand whose file number is `NOWHERE` is not wanted. Lowering knows no
 2. For each such set the scatter pieces of its operands say which coordinates of the pivot are needed: along the axis that
    keeps least, as ranges. Each range becomes a program of its own, whose pivot is that part of the old one: gather, replicas
    and scatter pieces are cut to it. Where everything is needed the program stays as it is.
-3. Zeros are kept for the operands that are wanted; padding of the source is not looked at, for it reaches nobody.
+3. Zeros are kept for the operands that are wanted. Padding of the source is not looked at, for it reaches nobody; only what
+   must be zero is, as it says where tensors end.
 
 Boundary: pure; programs of one output in the pivot's own coordinates (all but quantisations).
 """
@@ -56,26 +57,27 @@ def _rows(bound: Bindings, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> 
 
 
 def _parts(program: Program, wanted: frozenset[int]) -> Iterator[Program]:
-    """The program's parts that reach these operands, the zeros with the last of them."""
+    """The program's parts that reach these operands, zeros and blanks with the last of them."""
     (output,) = program.outputs
     regions = _regions(_aligned((p for p in output.scatter if p.slot in wanted), program.shape), program.shape)
     zeros = tuple(p for p in output.zeros if p.slot in wanted)
+    blanks = tuple(p for p in program.padding if p.slot in program.blank)
     for index, region in enumerate(regions):
-        yield _part(program, output, wanted, region, zeros if index == len(regions) - 1 else ())
+        last = index == len(regions) - 1
+        yield replace(_part(program, output, wanted, region, zeros if last else ()), padding=blanks if last else ())
 
 
 def _part(program: Program, output: Output, wanted: frozenset[int], region: Region, zeros: tuple[Piece, ...]) -> Program:
     shape = tuple(b - a for a, b in zip(*region, strict=True))
     scatter = tuple(p for p in output.scatter if p.slot in wanted)
     if shape == program.shape:
-        return replace(program, padding=(), outputs=(replace(output, scatter=scatter, zeros=zeros),))
+        return replace(program, outputs=(replace(output, scatter=scatter, zeros=zeros),))
     cut = sorted(map(normalise, _cut(scatter, program.shape, region)), key=lambda p: (p.dst_off, p.slot))
     return replace(
         program,
         shape=shape,
         gather=coalesce(_cut(program.gather, program.shape, region)),
         replicas=tuple(coalesce(_cut(replica, program.shape, region)) for replica in program.replicas),
-        padding=(),
         outputs=(replace(output, shape=shape, scatter=tuple(cut), zeros=zeros),),
     )
 
