@@ -326,7 +326,15 @@ class TestSynth:
 class TestListings:
     def test_formats(self, shell: Shell) -> None:
         found = shell.json("formats")
-        assert list(found) == ["huggingface", "ranks", "megatron-legacy", "deepspeed-mp", "megatron-deepspeed", "deepspeed-zero", "deepspeed-universal"]
+        assert list(found) == [
+            "huggingface",
+            "ranks",
+            "megatron-legacy",
+            "deepspeed-mp",
+            "megatron-deepspeed",
+            "deepspeed-zero",
+            "deepspeed-universal",
+        ]
         assert found["ranks"]["ranks"] is True
         assert {"safetensors", "zarr"} <= set(found["ranks"]["containers"])
         assert {"huggingface", "megatron"} <= set(found["ranks"]["dialects"])
