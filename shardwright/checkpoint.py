@@ -243,6 +243,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         spec: str | None = None,
         pad_vocab_to: int | None = None,
         include: Sequence[str] = ("*",),
+        drop: Sequence[str] = (),
         lazy: bool = True,
         memory: int | str | None = None,
         workers: int | None = None,
@@ -263,10 +264,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
             Where the tensors are: ``"cpu"``, ``"cuda:1"``; ``"meta"`` has shapes and dtypes and reads nothing.
         dtype
             Cast floating tensors as ``convert --dtype`` does: not those that the family keeps, and nothing else.
-        dialect, spec, pad_vocab_to
-            As for `plan`.
+        dialect, spec, pad_vocab_to, drop
+            As for `plan`: `drop` has patterns of stored names that the source may hold and no rule names.
         include
-            Patterns of names; others are not there.
+            Patterns of the target's names; others are not there.
         lazy
             Read a tensor when it is taken (a `StateDict`); False reads all in one pass, each byte once, into a dict.
         memory
@@ -293,7 +294,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         """
         from .loading import How, StateDict, read_ranks
 
-        request = Request(to or "", layout or Layout(), dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to)
+        layout = layout or Layout()
+        request = Request(to or "", layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to, drop=tuple(drop))
         number, where = _rank_number(rank, request.layout), _device(device)
         how = How.of(memory, workers, trust_replicas)
         if lazy and together is not None:
@@ -315,6 +317,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         spec: str | None = None,
         pad_vocab_to: int | None = None,
         include: Sequence[str] = ("*",),
+        drop: Sequence[str] = (),
         memory: int | str | None = None,
         workers: int | None = None,
         trust_replicas: bool = False,
@@ -326,7 +329,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         """
         from .loading import How, read_ranks
 
-        request = Request(to, layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to)
+        request = Request(to, layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to, drop=tuple(drop))
         numbers = [_rank_number(rank, layout) for rank in (range(layout.ranks) if ranks is None else ranks)]
         where, how = _device(device), How.of(memory, workers, trust_replicas)
         holding = self._hold(request, numbers, include, together, reads=where.type != "meta")
@@ -345,6 +348,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         spec: str | None = None,
         pad_vocab_to: int | None = None,
         include: Sequence[str] = ("*",),
+        drop: Sequence[str] = (),
         strict: bool = True,
         memory: int | str | None = None,
         workers: int | None = None,
@@ -370,7 +374,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
             Patterns of names to fill; others are left alone.
         strict
             Refuse a module with names that the rank does not have, or without some that it has; False fills what both have.
-        to, layout, rank, dialect, spec, pad_vocab_to, memory, workers, trust_replicas, together
+        to, layout, rank, dialect, spec, pad_vocab_to, drop, memory, workers, trust_replicas, together
             As for `state_dict`.
 
         Returns
@@ -389,7 +393,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         """
         from .loading import How, fill_modules
 
-        request = Request(to or "", layout or Layout(), dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to)
+        layout = layout or Layout()
+        request = Request(to or "", layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to, drop=tuple(drop))
         several = isinstance(module, Mapping)
         modules = module if isinstance(module, Mapping) else {_rank_number(rank, request.layout): module}
         where, how = _device(device), How.of(memory, workers, trust_replicas)

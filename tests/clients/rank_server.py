@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -115,6 +116,7 @@ def _serve(pipe: Connection, prepare: Callable[[], None], seconds: float) -> Non
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same run on every machine
     torch.set_num_threads(1)  # before any fork: a forked thread pool hangs
     prepare()
+    gc.freeze()  # or a collection in a rank would copy every page that the fork shares
     while True:
         try:
             request = pipe.recv()

@@ -8,6 +8,8 @@ transformers come home to the bit.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -100,6 +102,24 @@ def test_what_deepspeed_makes_of_llama(deepspeed: DeepSpeed, tmp_path: Path) -> 
     assert torch.equal(ours["language_model.output_layer.weight"], table.chunk(2)[1])
     # As many files as ranks: no merge, no split, no complaint.
     assert_same_bits(deepspeed.load_shards(shards(tmp_path / "2"), version=None, world=2, rank=1), ours)
+
+
+_BY_MANIFEST = """
+import json, sys, torch
+from deepspeed.runtime.state_dict_factory import SDLoaderFactory
+loader = SDLoaderFactory.get_sd_loader_json("checkpoints.json", None)
+_, saved, _ = loader.load(int(sys.argv[1]), int(sys.argv[2]))
+torch.save(loader.get_module(saved), sys.argv[3])
+"""
+
+
+def test_deepspeed_loads_by_our_manifest(gpt2: Path, tmp_path: Path) -> None:
+    """From the manifest's own folder, wherever that was moved; its version is the rows' order."""
+    for tp in (6, 2):
+        sw.convert(gpt2, tmp_path / str(tp), to="deepspeed-mp", layout=Layout(tp=tp), spec="layernorm-v0", pad_vocab_to=768, memory=MEMORY)
+    moved = (tmp_path / "6").rename(tmp_path / "elsewhere")
+    subprocess.run([sys.executable, "-c", _BY_MANIFEST, "2", "1", tmp_path / "found.pt"], cwd=moved, check=True, capture_output=True)
+    assert_same_bits(torch.load(tmp_path / "found.pt"), modules(tmp_path / "2")[1])
 
 
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -381,6 +381,44 @@ MEGATRON_LEGACY = _checkpoint(
 )
 
 
+@functools.cache
+def _deepspeed_seeds() -> list[bytes]:
+    mp = _planned(Request("deepspeed-mp", Layout(tp=2), pad_vocab_to=2), 1)
+    bare = _without(mp, "hf/", "shardwright.json")
+    unnamed = _without(bare, "checkpoints.json")
+    layers = _planned(Request("megatron-deepspeed", Layout(tp=2), pad_vocab_to=2), 1)
+    lone = _without(layers, "hf/", "shardwright.json")
+    files = ["global_step0/mp_rank_00_model_states.pt", "global_step0/mp_rank_01_model_states.pt"]
+    old = {
+        "type": "Megatron",
+        "version": 2.0,
+        "checkpoints": [f"/old/{name}" for name in reversed(files)],
+        "base_dir": "/older",
+        "mp_size": 2,
+    }
+    moved = {**unnamed, "m.json": json.dumps(old).encode()}
+    model = _planned(Request("huggingface"), 1)
+    listed = {"type": "BLOOM", "version": 1.0, "checkpoints": ["a.safetensors"]}
+    weights = {"config.json": model["config.json"], "a.safetensors": model["model.safetensors"], "m.json": json.dumps(listed).encode()}
+    return [_sparse(files) for files in (mp, bare, unnamed, layers, lone, moved, weights)]
+
+
+DEEPSPEED = _checkpoint(
+    "deepspeed",
+    ("formats.deepspeed_mp", "formats.deepspeed_files", "formats.megatron_deepspeed", "manifest", "megatron_deepspeed_args"),
+    _deepspeed_seeds,
+    (
+        *("latest", "checkpoints.json", "ds_inference_config.json", "config.json", "global_step0/mp_rank_00_model_states.pt"),
+        *("global_step0/layer_02-model_00-model_states.pt", "global_step0/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    ),
+    (
+        *(f"formats.deepspeed_mp:{name}" for name in ("DeepSpeedMp.file", "refuse_pipeline", "_path", "engine_states")),
+        *(f"formats.megatron_deepspeed:{name}" for name in ("MegatronDeepSpeed.file", "_file_number")),
+        *("manifest:manifest_bytes", "megatron_deepspeed_args:to_megatron_deepspeed"),
+    ),
+)
+
+
 # --- configs ---------------------------------------------------------------------------------------------------------
 
 

@@ -257,7 +257,7 @@ def test_names_of_nobody_cannot_be_joined(tmp_path):
 
 
 def test_a_hugging_face_model_in_one_rank(tmp_path):
-    hub, stored, _ = made(GPT, tmp_path / "hf")
+    _, stored, _ = made(GPT, tmp_path / "hf")
     source = write_shards(tmp_path / "source", [stored | {"lm_head.weight": stored["transformer.wte.weight"]}], GPT.raw())
     opened = sw.open(source)
     assert opened.source.dialect.name == "huggingface"

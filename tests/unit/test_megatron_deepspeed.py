@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import shardwright as sw
-from shardwright.errors import CheckpointError, MissingTensorError, UnknownTensorError, UnsupportedError
+from shardwright.errors import CheckpointError, MissingTensorError, RunError, UnknownTensorError, UnsupportedError
 from tests.unit import deepspeed_reference as ds
 from tests.unit import reference as ref
 from tests.unit.gpt_reference import Gpt
@@ -208,11 +208,12 @@ def test_a_resumed_run_counts_all_of_them(tmp_path, monkeypatch):
     job = sw.plan(source, tmp_path / "out", to="huggingface")
 
     def stop(*args: Any, **more: Any) -> Any:
-        raise KeyboardInterrupt
+        raise RunError("stopped")
 
-    with monkeypatch.context() as patch, pytest.raises(BaseException):  # noqa: B017 (whatever stops it)
+    with monkeypatch.context() as patch:
         patch.setattr(module, "seal", stop)
-        job.execute()
+        with pytest.raises(RunError):
+            job.execute()
     again = job.execute()
     assert again.tiles_resumed == len(job.plan.tiles) and again.averaged == counts
 

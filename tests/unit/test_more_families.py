@@ -236,18 +236,29 @@ def test_nonsense_in_args_is_refused(change):
             from_megatron({**arguments, **change}, told, None, "f")
 
 
-@pytest.mark.parametrize(("name", "told"), [("gemma", False), ("nemotron", False), ("glm4_moe", True)])
+@pytest.mark.parametrize(
+    ("name", "to", "told"),
+    [
+        ("gemma", "megatron-legacy", False),
+        ("nemotron", "megatron-legacy", False),
+        ("glm4_moe", "megatron-legacy", True),
+        ("nemotron", "deepspeed-mp", False),
+        ("nemotron", "megatron-deepspeed", False),
+    ],
+)
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
-def test_norms_stored_in_the_other_way_are_made_the_familys(name, told, dtype, sources, tmp_path):
+def test_norms_stored_in_the_other_way_are_made_the_familys(name, to, told, dtype, sources, tmp_path):
     """NeMo 1 stored Gemma's norms as 1 + w, and `--apply-layernorm-1p` stores anyone's as w - 1: only the args tell."""
-    sw.convert(sources[name], tmp_path / "out", to="megatron-legacy", layout=sw.Layout(tp=2))
+    sw.convert(sources[name], tmp_path / "out", to=to, layout=sw.Layout(tp=2))
     less = 1.0 if told else -1.0  # what the file's norms lack
-    for path in (tmp_path / "out").glob("release/*/model_optim_rng.pt"):
+    for path in (tmp_path / "out").rglob("*.pt"):
         state = torch.load(path, weights_only=False)
-        state["args"].apply_layernorm_1p = told
-        for key, value in state["model"].items():
-            if key.endswith(("norm_weight", "norm.weight")):
-                state["model"][key] = (value.double() - less).to(value.dtype)
+        if "args" in state:
+            state["args"].apply_layernorm_1p = told
+        weights = state if path.name.startswith("layer_") else state.get("model", state.get("module")) or {}
+        for key, value in weights.items():
+            if key.endswith(("norm_weight", "norm.weight")) or key == "weight":  # a layer file's own norm
+                weights[key] = (value.double() - less).to(value.dtype)
         torch.save(state, path)
     job = sw.plan(tmp_path / "out", tmp_path / "back", to="huggingface", dtype=dtype)
     assert any("the sum, which rounds below" in warning for warning in job.plan.warnings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -403,6 +404,17 @@ class TestRefusals:
             ckpt.state_dict()["model.norm.weight"]
         assert ckpt.state_dict()["lm_head.weight"].shape == (131, 64)
         assert ckpt.state_dict(lazy=False, trust_replicas=True)["model.norm.weight"][3] + 1 == held["model.norm.weight"][3]
+
+    def test_what_no_rule_names(self, source: Callable[[Made], Path], tmp_path: Path) -> None:
+        shutil.copytree(source(Made("llama")), tmp_path / "more")
+        path = tmp_path / "more/model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        save_file({"extra.scale": torch.ones(2)}, tmp_path / "more/extra.safetensors", {"format": "pt"})
+        path.write_text(json.dumps({**index, "weight_map": {**index["weight_map"], "extra.scale": "extra.safetensors"}}))
+        ckpt = sw.open(tmp_path / "more")
+        with pytest.raises(errors.UnknownTensorError, match=r"extra.scale"):
+            ckpt.state_dict()
+        same(ckpt.state_dict(drop=["extra.*"]), sw.open(source(Made("llama"))).state_dict(lazy=False))
 
     def test_a_source_that_is_gone(self, source: Callable[[Made], Path], tmp_path: Path) -> None:
         """Only the files that are read are looked for."""

@@ -16,7 +16,7 @@ from ...errors import CheckpointError, short
 from ..config import ModelConfig
 from ..containers.base import ContainerIndex
 from ..containers.torch_zip import Namespace
-from ..megatron_args import from_megatron
+from ..megatron_args import from_megatron, norm_shift
 from ..megatron_deepspeed_args import words_of
 from ..plan import Dropped
 from ..store import Store
@@ -107,8 +107,9 @@ def parallel_size(index: ContainerIndex, path: str, ranks: int, key: str = "mp_w
 
 def config_of(
     store: Store, hints: Hints, identity: Mapping[str, Any] | None, folder: str, objects: Mapping[str, Any], file: str, what: str
-) -> tuple[Family, ModelConfig, Mapping[str, Any] | None, str, tuple[str, ...]]:
-    """Family, config, config.json and its path, from the user, the files that travelled along or lie beside, or ``args``; notes.
+) -> tuple[Family, ModelConfig, Mapping[str, Any] | None, str, tuple[str, ...], int]:
+    """Family, config, config.json and its path, from the user, the files that travelled along or lie beside, or ``args``; notes; and
+    what stored norms lack (`Source.norm_shift`).
 
     Raises
     ------
@@ -117,10 +118,10 @@ def config_of(
     """
     places = ("hf/config.json", "config.json", f"{folder}hf/config.json", f"{folder}config.json")
     path = next((p for p in places if store.exists(p)), places[0])
-    if settled := settle(store, hints, identity, path):
-        return *settled, path, ()
     arguments = objects.get("args")
     fields = arguments.fields if isinstance(arguments, Namespace) else arguments if isinstance(arguments, dict) else {}
+    if settled := settle(store, hints, identity, path):
+        return *settled, path, (), norm_shift(fields, settled[1])
     if not fields:
         raise missing_config(store, what)
     info = objects.get("checkpoint_info")
@@ -130,7 +131,7 @@ def config_of(
     config = from_megatron(words_of(fields), hints.family, vocab, file)
     family = hints.family or FAMILIES.get(config.family)
     note = () if hints.family else (f"family {family.name!r} was told from the checkpoint's args; name another with --family",)
-    return family, config, None, path, note
+    return family, config, None, path, note, norm_shift(fields, config)
 
 
 def dropped_of(objects: Mapping[str, Any], used: tuple[str, ...]) -> tuple[Dropped, ...]:

@@ -70,7 +70,7 @@ class DeepSpeedMp:
         dialect = dialect_of({name for unit in units.values() for name in unit}, paths)
         check_units(units, layout, dialect, self.name)
         first = indexes[0].objects
-        family, config, raw, config_path, notes = config_of(store, hints, identity, folder, first, paths[0], self.name)
+        family, config, raw, config_path, notes, shift = config_of(store, hints, identity, folder, first, paths[0], self.name)
         spec = told_spec(dialect, family, config, {name for unit in units.values() for name in unit})
         spec = spec if dialect.rows is None else versioned_spec(dialect, spec, version)
         files = {path: index.header_digest for path, index in zip(paths, indexes, strict=True)}
@@ -96,6 +96,7 @@ class DeepSpeedMp:
             None,
             identity,
             config_path,
+            norm_shift=shift,
         )
 
     def file(self, target: Target) -> Filing:

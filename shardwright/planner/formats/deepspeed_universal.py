@@ -78,7 +78,7 @@ class DeepSpeedUniversal:
         run = _Run(store, folder, _left_out(identity))
         first = run.models[0]
         dialect = DIALECTS.get("megatron-deepspeed") if run.names.pipeline else dialect_of(set(run.weights), [first.path])
-        family, config, raw, config_path, notes = config_of(store, hints, identity, folder, first.objects, first.path, self.name)
+        family, config, raw, config_path, notes, shift = config_of(store, hints, identity, folder, first.objects, first.path, self.name)
         units = {(0, 0): run.weights}
         run.dropped += name_shared(units, run.shared, run.names, family, config)
         return Source(
@@ -100,6 +100,7 @@ class DeepSpeedUniversal:
             None,
             identity,
             config_path,
+            norm_shift=shift,
             planes={plane: {(0, 0): held} for plane, held in run.planes.items()},
             training=run.training(),
         )

@@ -69,7 +69,7 @@ class DeepSpeedZero:
         ranks = [path for (_, dp), path in run.paths.items() if dp == 0]
         dialect = DIALECTS.get("megatron-deepspeed") if names.pipeline else dialect_of(everything, ranks)
         first = run.models[0]
-        family, config, raw, config_path, notes = config_of(store, hints, identity, folder, first.objects, first.path, self.name)
+        family, config, raw, config_path, notes, shift = config_of(store, hints, identity, folder, first.objects, first.path, self.name)
         spec = spec_of(first, names, dialect, told_spec(dialect, family, config, everything))
         padded = padded_of(units[0, 0], dialect, spec, layout)
         shared = {alias: stored for rank in run.ranks for alias, stored in rank.shared.items()}
@@ -93,6 +93,7 @@ class DeepSpeedZero:
             None,
             identity,
             config_path,
+            norm_shift=shift,
             planes=planes,
             training=_training(run, names),
         )

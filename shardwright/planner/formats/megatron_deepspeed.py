@@ -73,7 +73,7 @@ class MegatronDeepSpeed:
         indexes.update({path: read_unit(store, "torch", path)} if models else {})
         objects = indexes[path].objects if models else {}
         _check_version(objects, path)
-        family, config, raw, config_path, notes = config_of(store, hints, identity, folder, objects, path, self.name)
+        family, config, raw, config_path, notes, shift = config_of(store, hints, identity, folder, objects, path, self.name)
         _check_blocks(blocks, config["num_hidden_layers"], paths)
         padded = _padded(units[0, 0], layout)
         return Source(
@@ -95,6 +95,7 @@ class MegatronDeepSpeed:
             None,
             identity,
             config_path,
+            norm_shift=shift,
         )
 
     def file(self, target: Target) -> Filing:

@@ -80,7 +80,7 @@ def sides_of(source: Source, request: Request, words: Words, cast: Cast) -> tupl
     family, config = source.family, source.config
     side = bind(source, request.drop)
     write = expand(family, config, words.dialect, words.spec, request.layout, words.padded_vocab, hub=source.hub)
-    wanted = targets(write, request.layout, side, cast, words.scheme, source.norm_shift)
+    wanted = targets(write, request.layout, side, cast, words.scheme, norm_shift(source, request))
     for plane in words.planes:
         more = bind(source, request.drop, plane)
         rows = rows_of(write, plane, held_by(more))
@@ -88,6 +88,11 @@ def sides_of(source: Source, request: Request, words: Words, cast: Cast) -> tupl
         join_sources(side, more)
     side.dropped += [Dropped(plane, _left_out(request)) for plane in source.planes if plane not in words.planes]
     return side, wanted
+
+
+def norm_shift(source: Source, request: Request) -> int:
+    """What is added to stored norms: nothing for a target that goes on with the source's own run, whose args stay as they are."""
+    return 0 if getattr(FORMATS.get(request.to), "keeps_names", False) else source.norm_shift
 
 
 def _left_out(request: Request) -> str:
@@ -250,7 +255,7 @@ def assemble(
         sources,
         tuple(entries),
         dropped,
-        (*source.warnings, *filing.warnings, *_warnings(source, words, programs), *_useless(request.drop, dropped, sources)),
+        (*source.warnings, *filing.warnings, *_warnings(source, request, words, programs), *_useless(request.drop, dropped, sources)),
         sum(source.store.stat(path).nbytes for path, _ in filing.copies),
     )
 
@@ -276,14 +281,14 @@ def _summary(source: Source, request: Request) -> dict[str, Any]:
     }
 
 
-def _warnings(source: Source, words: Words, programs: Sequence[Any]) -> list[str]:
+def _warnings(source: Source, request: Request, words: Words, programs: Sequence[Any]) -> list[str]:
     found = []
     vocab = source.config["vocab_size"] if "vocab_size" in source.config.fields else None
     if source.padded_vocab is not None:
         found.append(
             f"the source's vocabulary is padded: rows {vocab} … {source.padded_vocab - 1} are dropped; the run says what they held"
         )
-    if source.norm_shift:
+    if norm_shift(source, request):
         stored = "less 1" if source.norm_shift > 0 else "plus 1"
         found.append(
             f"norm weights are stored {stored} in the source and not in the target: what is written is the sum, which rounds below "
