@@ -147,6 +147,7 @@ def inspect(src: str, tensors: bool, as_json: bool, **hints: Any) -> None:
         "dtypes": _dtypes(checkpoint),
         "padded_vocab": source.padded_vocab,
         "quantization": source.scheme.name if source.scheme else None,
+        "planes": list(source.planes),
         "dropped": [{"name": d.name, "reason": d.reason} for d in source.dropped],
         "warnings": list(source.warnings),
     }

@@ -49,7 +49,7 @@ def plan(
         Bound on this process's memory: bytes, or ``"8GiB"``. Default: a quarter of what is free, at most 2 GiB.
     options
         Fields of `shardwright.planner.passes.request.Request`: ``dialect, container, spec, dtype, quantize,
-        max_shard_size, pad_vocab_to, trust_replicas, drop, sha256``.
+        max_shard_size, pad_vocab_to, trust_replicas, drop, optimizer, sha256``.
 
     Raises
     ------

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,7 +23,7 @@ from tests.clients.judge import assert_same_bits
 from tests.clients.test_deepspeed_harness import FROZEN, KINDS, NOT_BY_UNIVERSAL, NOT_BY_ZERO_TO_FP32, RUNS, universal_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.clients.deepspeed import DeepSpeed, Run
@@ -31,6 +32,14 @@ pytestmark = pytest.mark.clients("deepspeed", "transformers")
 
 SHARDED = [name for name in RUNS if not name.startswith(("stage 0", "experts, stage 0"))]
 FILES = dict(zip(KINDS, ("fp32", "exp_avg", "exp_avg_sq"), strict=True))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_sync() -> Iterator[None]:
+    """These tests look at bytes, not at what survives a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -372,6 +372,52 @@ def inspect_json(folder: Path) -> str:
     return result.stdout
 
 
+JUNK = [
+    None, True, -1, 10**9, 1.5, "x", "a/b", b"z", [], {}, (), [1], {"x": 1}, torch.zeros(2), torch.zeros(()), torch.zeros(3, 2),
+    torch.Size([4]), ["a"],
+]  # fmt: skip
+
+
+def spoil(value: Any, dice: random.Random, depth: int = 0) -> Any:
+    """The value with something in it lost, renamed or replaced."""
+    if depth and dice.random() < 0.3:
+        return dice.choice(JUNK)
+    if isinstance(value, dict) and value:
+        key, fate = dice.choice(list(value)), dice.random()
+        made = dict(value)
+        if fate < 0.15:
+            del made[key]
+        elif fate < 0.25:
+            made[dice.choice(["new", 7, "module.x"])] = made[key]
+        else:
+            made[key] = spoil(made[key], dice, depth + 1)
+        return made
+    if isinstance(value, list | tuple) and value and not isinstance(value, torch.Size):
+        at = dice.randrange(len(value))
+        return [spoil(item, dice, depth + 1) if i == at else item for i, item in enumerate(value)]
+    return dice.choice(JUNK)
+
+
+def test_whatever_the_trees_hold_is_planned_or_refused(model, tmp_path):
+    sources = [model.write(tmp_path / f"run{stage}", stage=stage, dp=2, frozen=["model.norm.weight"]) for stage in (2, 3, "bf16")]
+    sw.convert(sources[1], tmp_path / "universal", to="deepspeed-universal")
+    refused: list[int] = []
+    for seed in range(120):
+        dice = random.Random(seed)
+        source = dice.choice([*sources, tmp_path / "universal"])
+        path = dice.choice(sorted(p for p in source.rglob("*.pt") if "exp_avg" not in p.name))
+        before = path.read_bytes()
+        with deepspeed_classes():
+            torch.save(spoil(torch.load(path, weights_only=False), dice), path)
+        try:
+            for to in ("huggingface", "deepspeed-universal"):
+                sw.plan(sw.open(source), to=to)
+        except sw.ShardwrightError as error:
+            refused.append(error.exit_code)
+        path.write_bytes(before)
+    assert 20 < len(refused) < 110 and set(refused) <= {2, 3}
+
+
 BAD_UNIVERSAL: dict[str, tuple[Change, type[Exception], str]] = {
     "no model states": (
         lambda f: [p.unlink() for p in f.glob("*_model_states.pt")],
