@@ -122,7 +122,9 @@ def manifests_in(store: Store) -> dict[str, Mapping[str, Any]]:
     """The root's JSON files that are manifests, good ones or not, with their content."""
     found = {}
     for name in store.list():
-        if name.endswith(".json") and not name.endswith(".index.json") and "/" not in name and store.stat(name).nbytes <= _LARGEST:
+        if not name.endswith(".json") or name.endswith(".index.json") or "/" in name:
+            continue
+        if store.exists(name) and store.stat(name).nbytes <= _LARGEST:  # a link may lead nowhere
             # Most folders' JSON files are no manifests and do not even mention the word.
             if b'"checkpoints"' not in store.read(name):
                 continue
