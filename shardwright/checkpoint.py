@@ -289,8 +289,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
         ReplicaMismatchError, RunError
             When tensors are read: copies differ, or the source cannot be read.
 
-        >>> ckpt.state_dict(to="megatron-legacy", layout=Layout(tp=4), rank=1)  # doctest: +SKIP
-        <StateDict of rank 1: 148 tensors, 4,015,263,744 bytes>
+        ::
+
+            ckpt.state_dict(to="megatron-legacy", layout=Layout(tp=4), rank=1)
+            # <StateDict of rank 1: 148 tensors, 4,015,263,744 bytes>
         """
         from .loading import How, StateDict, read_ranks
 

@@ -1,6 +1,7 @@
 """Tiny models that real DeepSpeed trains, beside the Megatron stacks of `deepspeed_stack`.
 
-- Hugging Face's own llama and gpt2, with a float and an integer buffer registered beside their parameters.
+- Hugging Face's own llama and gpt2, with a float and an integer buffer registered beside their parameters; ``llama_large`` has
+  170 million of them.
 - ``uneven``: parameters of 1, 2, 3 and 35 elements, which no number of ranks divides and some ranks get nothing of.
 - ``experts``: a dense layer, then two of DeepSpeed's own mixture-of-experts layers, the second with a residual branch.
 
@@ -29,6 +30,7 @@ __all__ = ["HF", "MODELS", "build", "vocabulary"]
 HF: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 44},
     "llama_tied": {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 44, "tie_word_embeddings": True},
+    "llama_large": {"num_hidden_layers": 12, "hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 12000},
     "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }
 _UNEVEN_VOCAB = 11
@@ -62,7 +64,7 @@ def _hugging_face(name: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     common = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    settings = {"vocab_size": hf_models.VOCAB, **common} if name == "gpt2" else hf_models.CASES[name].settings()
+    settings = {"vocab_size": hf_models.VOCAB, **common} if name == "gpt2" else hf_models.CASES[name.removesuffix("_large")].settings()
     config = AutoConfig.for_model(name.split("_")[0], **settings | HF[name])
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
     model.register_buffer("extra_scale", torch.linspace(-1, 1, 5))

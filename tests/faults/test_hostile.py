@@ -575,7 +575,7 @@ class TestTables:
             "transpose(" + "-" * 100_000 + "1)",
             "transpose(1)",
             "pad_vocab(((((",
-            "gate_up({}.x)",
+            "packed({}.x)",
             "pad_vocab(" + "[" * 150 + "]" * 150 + ")",
         ],
     )

@@ -666,7 +666,7 @@ name = "mixed"
 [[row]]
 name = "e.{layer}"
 hub = ["model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight", "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"]
-layout = ["gate_up", "stack_experts"]
+layout = ["packed", "stack_experts"]
 split = "rows"
 when = "moe"
 [[row]]
@@ -714,7 +714,7 @@ def _table_seeds() -> list[bytes]:
 _TABLE_WORDS = (
     *("model.layers.{layer}.w", "model.embed_tokens.weight", "lm_head.weight", "hidden_size", "layer", "vocab_size // 2", "true", "1"),
     *("none", "rows", "columns", "vocab", "heads", "head_columns", "kv_heads", "qkv", "first", "last", "{expert}", "{layer"),
-    *("{layer}{layer}", "-1", "transpose", "gate_up", "grouped_qkv", "pad_vocab(1)", "pad_vocab(", "transpose()", "llama", "../x"),
+    *("{layer}{layer}", "-1", "transpose", "packed", "grouped_qkv", "pad_vocab(1)", "pad_vocab(", "transpose()", "llama", "../x"),
     *(
         "more",
         "mine",

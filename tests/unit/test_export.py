@@ -59,7 +59,7 @@ def fields_of(table: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
 def joined(parts: list[Shape], layout: list[Any]) -> Shape:
     """The shape that a row's operations make, but for stack_experts."""
     for name, _ in layout:
-        if name in ("packed", "gate_up", "grouped_qkv", "interleave"):
+        if name in ("packed", "grouped_qkv", "interleave"):
             parts = [(sum(shape[0] for shape in parts), *parts[0][1:])]
         elif name == "transpose":
             parts = [parts[0][::-1]]

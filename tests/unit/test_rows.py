@@ -159,7 +159,7 @@ name = "own"
 [[row]]
 name = "l.{layer}.fused"
 hub = ["model.layers.{layer}.mlp.gate_proj.weight", "model.layers.{layer}.mlp.up_proj.weight"]
-layout = ["gate_up"]
+layout = ["packed"]
 """
 
 

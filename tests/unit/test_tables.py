@@ -52,7 +52,7 @@ specs = ["one", "two"]
 [[row]]
 name = { one = "a.{layer}", two = "b.{layer}" }
 hub = ["x.{layer}", "y.{layer}"]
-layout = ["gate_up"]
+layout = ["packed"]
 split = "rows"
 when = "layer > 0"
 
@@ -87,7 +87,7 @@ def test_a_dialect_table_as_data(tmp_path):
     dialect = load_dialect(written(tmp_path, DIALECT))
     fused, last = dialect.rows
     assert fused.names == {"one": "a.{layer}", "two": "b.{layer}"} and last.names == {"one": "c", "two": "c"}
-    assert fused.layout == (("gate_up", ()),) and (fused.stage, last.stage) == ("layer", "last")
+    assert fused.layout == (("packed", ()),) and (fused.stage, last.stage) == ("layer", "last")
     assert dialect.pad_vocab({"tp": 4}) == 256
 
 
@@ -218,11 +218,11 @@ DIALECT_MISTAKES = [
     ('hub = ["z"]', "hub = [4]", r"\[\[row\]\] 2", "'hub' must be a list of strings"),
     ('hub = ["z"]', 'hub = ["z.{expert}"]', r"\[\[row\]\] 2", "row of experts counts {expert}"),
     ('hub = ["z"]', 'hub = ["z.{layer}"]', r"\[\[row\]\] 2", "{layer}"),
-    ('layout = ["gate_up"]', "", r"\[\[row\]\] 1", "needs a layout that joins them"),
-    ('layout = ["gate_up"]', 'layout = ["gateup"]', r"\[\[row\]\] 1", "unknown operation: .*'gateup'.*Known: gate_up, grouped_qkv"),
-    ('layout = ["gate_up"]', 'layout = ["gate_up(tp)"]', r"\[\[row\]\] 1", "must be literals: .*'gate_up\\(tp\\)'"),
-    ('layout = ["gate_up"]', 'layout = ["gate_up(1"]', r"\[\[row\]\] 1", "gate_up\\(1"),
-    ('layout = ["gate_up"]', 'layout = "gate_up"', r"\[\[row\]\] 1", "'layout' must be a list"),
+    ('layout = ["packed"]', "", r"\[\[row\]\] 1", "needs a layout that joins them"),
+    ('layout = ["packed"]', 'layout = ["gateup"]', r"\[\[row\]\] 1", "unknown operation: .*'gateup'.*Known: grouped_qkv, interleave"),
+    ('layout = ["packed"]', 'layout = ["packed(tp)"]', r"\[\[row\]\] 1", "must be literals: .*'packed\\(tp\\)'"),
+    ('layout = ["packed"]', 'layout = ["packed(1"]', r"\[\[row\]\] 1", "packed\\(1"),
+    ('layout = ["packed"]', 'layout = "packed"', r"\[\[row\]\] 1", "'layout' must be a list"),
     ('split = "vocab"', 'split = "vocabulary"', r"\[\[row\]\] 2", "unknown split"),
     ('stage = "last"', 'stage = "end"', r"\[\[row\]\] 2", "unknown stage"),
     ('when = "layer > 0"', 'when = "len(layer)"', r"\[\[row\]\] 1 when", "Call is not allowed"),

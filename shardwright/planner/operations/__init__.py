@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from ..registry import Registry
 from ..tensor.lazy import LazyTensor
-from .gate_up import gate_up
 from .grouped_qkv import grouped_qkv
 from .interleave import interleave
 from .packed import packed
@@ -28,7 +27,6 @@ Operation = Callable[..., LazyTensor]
 """``(parts: Sequence[LazyTensor], fields: Mapping[str, Any], *literals) -> LazyTensor``"""
 
 OPERATIONS: Registry[Operation] = Registry("operation")
-OPERATIONS.add("gate_up", gate_up)
 OPERATIONS.add("grouped_qkv", grouped_qkv)
 OPERATIONS.add("interleave", interleave)
 OPERATIONS.add("packed", packed)

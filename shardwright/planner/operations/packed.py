@@ -1,7 +1,8 @@
 """Projections fused by rows, unequal ones too: each tensor-parallel rank holds its share of the first, the second, and so on.
 
 Rule: rank t holds ``cat0(p.chunk(T)[t] for p in parts)``; with one rank, plainly ``cat0(parts)``: ``[q; k; v]`` with fewer
-key/value rows than query rows, or ``[gate; up]`` (source: transformers ``packed_colwise``; vLLM ``QKVParallelLinear``).
+key/value rows than query rows, or ``[gate; up]`` (source: transformers ``packed_colwise``; vLLM ``QKVParallelLinear``; Megatron-core
+``mlp.MLP`` with ``gated_linear_unit``: each rank chunks its own output in two).
 """
 
 from __future__ import annotations
