@@ -87,6 +87,8 @@ def show_checkpoint(found: dict[str, Any]) -> None:
     table.add_row("family", found["family"])
     table.add_row("size", f"{_count(found['tensors'], 'tensor')} in {_count(found['files'], 'file')}, {size(found['bytes'])}")
     table.add_row("dtypes", ", ".join(f"{name} {size(nbytes)}" for name, nbytes in found["dtypes"].items()))
+    if found["planes"]:
+        table.add_row("optimizer", printable(", ".join(found["planes"])))
     table.add_row("config", printable(", ".join(f"{k} {v}" for k, v in found["config"].items())))
     if found["padded_vocab"]:
         table.add_row("vocabulary", f"padded to {found['padded_vocab']} rows")
