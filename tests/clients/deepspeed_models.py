@@ -1,7 +1,7 @@
 """Tiny models that real DeepSpeed trains, beside the Megatron stacks of `deepspeed_stack`.
 
 - Hugging Face's own llama and gpt2, with a float and an integer buffer registered beside their parameters; ``llama_large`` has
-  170 million of them.
+  130 million of them.
 - ``uneven``: parameters of 1, 2, 3 and 35 elements, which no number of ranks divides and some ranks get nothing of.
 - ``experts``: a dense layer, then two of DeepSpeed's own mixture-of-experts layers, the second with a residual branch.
 
@@ -30,7 +30,7 @@ __all__ = ["HF", "MODELS", "build", "vocabulary"]
 HF: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 44},
     "llama_tied": {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 44, "tie_word_embeddings": True},
-    "llama_large": {"num_hidden_layers": 12, "hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 12000},
+    "llama_large": {"num_hidden_layers": 9, "hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 12000},
     "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }
 _UNEVEN_VOCAB = 11
