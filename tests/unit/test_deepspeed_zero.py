@@ -248,6 +248,17 @@ def shorter(states: dict[str, Any]) -> None:
     states["single_partition_of_fp32_groups"][0] = states["single_partition_of_fp32_groups"][0][:-1]
 
 
+def swapped(one: str, two: str) -> Change:
+    """The names of two files exchanged."""
+
+    def run(folder: Path) -> None:
+        (folder / one).rename(folder / "one")
+        (folder / two).rename(folder / one)
+        (folder / "one").rename(folder / two)
+
+    return run
+
+
 OPTIM, MODEL = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"
 BAD: dict[str, tuple[Change, str]] = {
     "a missing rank": (lambda f: (f / OPTIM).unlink(), r"data-parallel ranks.*expected ranks 0 … 3, actual missing: 1.*Copy"),
@@ -258,6 +269,11 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda f: shutil.copy(f / OPTIM, f / OPTIM.replace("mp_rank_00", "mp_rank_01")),
         "model-parallel ranks.*too many: 1",
     ),
+    "ranks' names swapped": (
+        swapped(OPTIM, OPTIM.replace("1_mp", "2_mp")),
+        r"another data-parallel rank.*rank_1_mp.*expected the part of rank 1 .*group 0, actual that of rank 2.*names that DeepSpeed gave",
+    ),
+    "a place that is none": (optimizer(2, lambda s: s.update(param_slice_mappings=[{"x": 3}])), "'param_slice_mappings'.*start and numel"),
     "states of two stages": (
         lambda f: shutil.copy(f / MODEL, f / f"zero_pp_rank_0_{MODEL}"),
         "model states of ZeRO-3 and of another stage",
@@ -425,6 +441,16 @@ BAD_UNIVERSAL: dict[str, tuple[Change, type[Exception], str]] = {
         "without its model states.*mp_rank_00",
     ),
     "no common state": (lambda f: (f / "zero/optimizer_state.pt").unlink(), CheckpointError, "what its optimizers share"),
+    "no common state in another's": (
+        lambda f: [p.unlink() for p in (f / "zero/optimizer_state.pt", f.parent / "shardwright.json")],
+        CheckpointError,
+        "what its optimizers share",
+    ),
+    "a moment of one parameter": (
+        lambda f: (f / "zero/model.norm.weight/exp_avg.pt").unlink(),
+        CheckpointError,
+        r"a part of the optimizer's state.*model.norm.weight.*expected exp_avg.pt, exp_avg_sq.pt, fp32.pt, actual exp_avg_sq.pt, fp32.pt",
+    ),
     "no weights": (
         lambda f: (f / "zero/model.norm.weight/fp32.pt").unlink(),
         CheckpointError,
