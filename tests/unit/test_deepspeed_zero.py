@@ -65,6 +65,15 @@ def same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> bool:
     return one.keys() == two.keys() and all(np.array_equal(one[n], two[n]) and one[n].dtype == two[n].dtype for n in two)
 
 
+def test_text_is_one_pattern(model, tmp_path):
+    """The letters of a pattern are patterns too, and one of them may be a star."""
+    source = sw.open(model.write(tmp_path / "run", buffers={"extra_one": torch.zeros(2), "more": torch.zeros(2)}))
+    for reads in (lambda drop: source.state_dict(drop=drop), lambda drop: sw.plan(source, to="huggingface", drop=drop)):
+        with pytest.raises(UnknownTensorError, match="'more'"):
+            reads("extra_*")
+        reads(["extra_*", "more"])
+
+
 @few
 @given(
     stage=st.sampled_from([1, 2, 3, "bf16"]),

@@ -271,8 +271,8 @@ class _Run:
             if lacking := next((one for one, held in zip(models, parts, strict=True) if name not in held), None):
                 raise lacking.wrong("frozen_param_fragments", short(name), None)
             found.rest[name] = whole(name, shape, [held[name] for held in parts])
-        module = first.module or {}
-        found.rest |= {name: module[name] for name in first.buffers if name in module}
+        buffers = first.buffers
+        found.rest |= {name: tensor for name, tensor in (first.module or {}).items() if name in buffers}
         return found
 
     def _model(self, mp: int, dp: int) -> ModelStates:
