@@ -109,7 +109,7 @@ class DeepSpeedUniversal:
         training = target.training
         if training is None:
             raise UnsupportedError(
-                "a universal checkpoint goes on with a training run, and the source holds none",
+                "a universal checkpoint goes on with a training run, and none is read from this source",
                 expected="a deepspeed-zero or deepspeed-universal source",
                 remedy="Convert the weights --to huggingface, and start the run from them",
             )

@@ -313,11 +313,11 @@ def _keys(states: list[OptimizerStates], number: int) -> list[str]:
 def _check_places(states: list[OptimizerStates], number: int, expected: list[dict[str, tuple[int, int]]]) -> None:
     """Refuse a file that says it holds another rank's part. Only its name says whose it is, and names get lost in copying.
 
-    A mapping that is no rank's is left alone: with ``round_robin_gradients`` DeepSpeed writes it in another order than the part's.
+    A mapping that is empty or no rank's is left alone: with ``round_robin_gradients`` DeepSpeed writes it in another order than the part's.
     """
     for rank, one in enumerate(states):
         told = one.slices[number] if one.placed and number < len(one.slices) else expected[rank]
-        if told != expected[rank] and told in expected:
+        if told and told != expected[rank] and told in expected:
             raise CheckpointError(
                 "a file holds the part of another data-parallel rank than its name says",
                 file=one.path,
