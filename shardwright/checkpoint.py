@@ -297,7 +297,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         from .loading import How, StateDict, read_ranks
 
         layout = layout or Layout()
-        request = Request(to or "", layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to, drop=tuple(drop))
+        request = Request(to or "", layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to, drop=drop)
         number, where = _rank_number(rank, request.layout), _device(device)
         how = How.of(memory, workers, trust_replicas)
         if lazy and together is not None:
@@ -331,7 +331,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         """
         from .loading import How, read_ranks
 
-        request = Request(to, layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to, drop=tuple(drop))
+        request = Request(to, layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to, drop=drop)
         numbers = [_rank_number(rank, layout) for rank in (range(layout.ranks) if ranks is None else ranks)]
         where, how = _device(device), How.of(memory, workers, trust_replicas)
         holding = self._hold(request, numbers, include, together, reads=where.type != "meta")
@@ -396,7 +396,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         from .loading import How, fill_modules
 
         layout = layout or Layout()
-        request = Request(to or "", layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to, drop=tuple(drop))
+        request = Request(to or "", layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to, drop=drop)
         several = isinstance(module, Mapping)
         modules = module if isinstance(module, Mapping) else {_rank_number(rank, request.layout): module}
         where, how = _device(device), How.of(memory, workers, trust_replicas)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -30,7 +30,7 @@ class Request:
     trust_replicas
         Do not read and compare copies.
     drop
-        Patterns of stored names to leave out.
+        Patterns of stored names to leave out, or one pattern.
     optimizer
         ``"keep"`` or ``"drop"`` what the source has of the optimizer's state; None keeps it where the target can hold it.
     sha256
@@ -47,9 +47,13 @@ class Request:
     max_shard_size: int = 5_000_000_000
     pad_vocab_to: int | None = None
     trust_replicas: bool = False
-    drop: tuple[str, ...] = ()
+    drop: str | Sequence[str] = ()
     sha256: bool = False
     optimizer: str | None = None
+
+    def __post_init__(self) -> None:
+        # Text is one pattern, not a pattern for each of its characters.
+        object.__setattr__(self, "drop", (self.drop,) if isinstance(self.drop, str) else tuple(self.drop))
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -59,4 +63,4 @@ class Request:
     def from_json(cls, values: Mapping[str, Any]) -> Request:
         """The request that a recipe holds: of `to_json`, or of an older version that knew fewer fields."""
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        return cls(**{**known, "layout": Layout.from_json(values["layout"]), "drop": tuple(values["drop"])})
+        return cls(**{**known, "layout": Layout.from_json(values["layout"]), "drop": values["drop"]})

@@ -144,6 +144,18 @@ def test_a_swapped_order_is_another_model(tmp_path):
     assert len(wrong) == 2 * GPT.layers and all("c_attn" in line for line in wrong)
 
 
+def test_a_manifest_of_another_version_is_told(tmp_path):
+    """The manifest's counts, as in DeepSpeed, and nobody should learn that from the model's answers."""
+    out = tmp_path / "out"
+    made(GPT, tmp_path / "hf")
+    sw.convert(tmp_path / "hf", out, to="deepspeed-mp", layout=sw.Layout(tp=2))
+    manifest = json.loads((out / "checkpoints.json").read_text())
+    (out / "other.json").write_text(json.dumps({**manifest, "version": 0}))
+    told = "other.json says version 0, the files say 2.0: the manifest's was taken, as DeepSpeed does"
+    assert told in sw.open(out / "other.json").source.warnings
+    assert not any("version" in note for note in sw.open(out / "checkpoints.json").source.warnings)
+
+
 def test_ranks_are_numbers(tmp_path):
     """104 ranks: as text, mp_rank_100 comes before mp_rank_11."""
     model = Gpt("gpt2", layers=1, heads=104, kv=104, head_dim=1, ffn=104, vocab=128)

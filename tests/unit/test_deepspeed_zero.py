@@ -65,6 +65,15 @@ def same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> bool:
     return one.keys() == two.keys() and all(np.array_equal(one[n], two[n]) and one[n].dtype == two[n].dtype for n in two)
 
 
+def test_text_is_one_pattern(model, tmp_path):
+    """The letters of a pattern are patterns too, and one of them may be a star."""
+    source = sw.open(model.write(tmp_path / "run", buffers={"extra_one": torch.zeros(2), "more": torch.zeros(2)}))
+    for reads in (lambda drop: source.state_dict(drop=drop), lambda drop: sw.plan(source, to="huggingface", drop=drop)):
+        with pytest.raises(UnknownTensorError, match="'more'"):
+            reads("extra_*")
+        reads(["extra_*", "more"])
+
+
 @few
 @given(
     stage=st.sampled_from([1, 2, 3, "bf16"]),
@@ -167,7 +176,7 @@ def test_optimizer_state_is_kept_where_it_can_be(model, tmp_path):
     assert not weights.source.planes and sw.verify(weights, source).ok
     with pytest.raises(UsageError, match="the source holds no optimizer state"):
         sw.plan(weights, to="deepspeed-universal", optimizer="keep")
-    with pytest.raises(UnsupportedError, match="goes on with a training run, and the source holds none"):
+    with pytest.raises(UnsupportedError, match="goes on with a training run, and none is read from this source"):
         sw.plan(tiny_llama(tmp_path / "hf"), to="deepspeed-universal")
     with pytest.raises(UnsupportedError, match=r"only read here.*deepspeed-universal"):
         sw.plan(source, to="deepspeed-zero")
@@ -248,6 +257,17 @@ def shorter(states: dict[str, Any]) -> None:
     states["single_partition_of_fp32_groups"][0] = states["single_partition_of_fp32_groups"][0][:-1]
 
 
+def swapped(one: str, two: str) -> Change:
+    """The names of two files exchanged."""
+
+    def run(folder: Path) -> None:
+        (folder / one).rename(folder / "one")
+        (folder / two).rename(folder / one)
+        (folder / "one").rename(folder / two)
+
+    return run
+
+
 OPTIM, MODEL = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"
 BAD: dict[str, tuple[Change, str]] = {
     "a missing rank": (lambda f: (f / OPTIM).unlink(), r"data-parallel ranks.*expected ranks 0 … 3, actual missing: 1.*Copy"),
@@ -258,6 +278,11 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda f: shutil.copy(f / OPTIM, f / OPTIM.replace("mp_rank_00", "mp_rank_01")),
         "model-parallel ranks.*too many: 1",
     ),
+    "ranks' names swapped": (
+        swapped(OPTIM, OPTIM.replace("1_mp", "2_mp")),
+        r"another data-parallel rank.*rank_1_mp.*expected the part of rank 1 .*group 0, actual that of rank 2.*names that DeepSpeed gave",
+    ),
+    "a place that is none": (optimizer(2, lambda s: s.update(param_slice_mappings=[{"x": 3}])), "'param_slice_mappings'.*start and numel"),
     "states of two stages": (
         lambda f: shutil.copy(f / MODEL, f / f"zero_pp_rank_0_{MODEL}"),
         "model states of ZeRO-3 and of another stage",
@@ -425,6 +450,16 @@ BAD_UNIVERSAL: dict[str, tuple[Change, type[Exception], str]] = {
         "without its model states.*mp_rank_00",
     ),
     "no common state": (lambda f: (f / "zero/optimizer_state.pt").unlink(), CheckpointError, "what its optimizers share"),
+    "no common state in another's": (
+        lambda f: [p.unlink() for p in (f / "zero/optimizer_state.pt", f.parent / "shardwright.json")],
+        CheckpointError,
+        "what its optimizers share",
+    ),
+    "a moment of one parameter": (
+        lambda f: (f / "zero/model.norm.weight/exp_avg.pt").unlink(),
+        CheckpointError,
+        r"a part of the optimizer's state.*model.norm.weight.*expected exp_avg.pt, exp_avg_sq.pt, fp32.pt, actual exp_avg_sq.pt, fp32.pt",
+    ),
     "no weights": (
         lambda f: (f / "zero/model.norm.weight/fp32.pt").unlink(),
         CheckpointError,

@@ -13,7 +13,7 @@ import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,14 @@ def write(root: Path, masters: Arrays, states: Mapping[str, Arrays], zero: Zero,
     trained = [name for name in masters if name not in zero.frozen]
     groups = zero.groups or [trained]
     shapes = [{name: torch.Size(masters[name].shape) for name in group} for group in groups]
-    with deepspeed_classes() as stage_of:
+    with deepspeed_classes() as (stage_of, place):
         for rank in range(zero.dp):
             optimizer = _sliced(rank, masters, states, groups, zero) if zero.stage == 3 else _joined(rank, masters, states, groups, zero)
+            if zero.stage != 3:
+                optimizer["param_slice_mappings"] = [
+                    {name: place(numel=stop - start, start=start) for name, (start, stop) in _places(rank, masters, group, zero).items()}
+                    for group in groups
+                ]
             if zero.stage != "bf16":
                 optimizer["zero_stage"] = stage_of(zero.stage)
             prefix = "bf16_" if zero.low is torch.bfloat16 else ""
@@ -137,6 +142,19 @@ def _joined(rank: int, masters: Arrays, states: Mapping[str, Arrays], groups: Se
     }
 
 
+def _places(rank: int, masters: Arrays, group: Sequence[str], zero: Zero) -> dict[str, tuple[int, int]]:
+    """Where each parameter lies in a rank's part, as its elements' numbers tell."""
+    sizes = [masters[name].size + -masters[name].size % zero.alignment for name in group[:-1]] + [masters[group[-1]].size]
+    each = -(-sum(sizes) // (2 * zero.dp)) * 2
+    found = {}
+    for name, begin in zip(group, np.cumsum([0, *sizes]), strict=False):
+        mine = np.arange(begin, begin + masters[name].size) - rank * each
+        mine = mine[(mine >= 0) & (mine < each)]
+        if mine.size:
+            found[name] = int(mine[0]), int(mine[-1]) + 1
+    return found
+
+
 def _sliced(rank: int, masters: Arrays, states: Mapping[str, Arrays], groups: Sequence[Sequence[str]], zero: Zero) -> dict[str, Any]:
     """Stage 3: a part of each parameter; what lies behind a parameter's end was never written."""
 
@@ -162,15 +180,19 @@ def _slice(array: np.ndarray, rank: int, zero: Zero) -> np.ndarray:
 
 @contextmanager
 def deepspeed_classes() -> Iterator[Any]:
-    """DeepSpeed's enumeration of stages under its own name, so that pickles mention it."""
+    """DeepSpeed's enumeration of stages and its place of a fragment under their own names, so that pickles mention them."""
+    linkage = types.ModuleType("deepspeed.utils.tensor_fragment")
+    place = make_dataclass("fragment_address", [("numel", int), ("start", int)])
+    place.__module__, linkage.fragment_address = linkage.__name__, place  # type: ignore[attr-defined]
     module = types.ModuleType("deepspeed.runtime.zero.config")
     kind = enum.IntEnum("ZeroStageEnum", {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3, "later": 4})
     kind.__module__, module.ZeroStageEnum = module.__name__, kind  # type: ignore[attr-defined]
-    names = ["deepspeed", "deepspeed.runtime", "deepspeed.runtime.zero", module.__name__]
-    before = {name: sys.modules.get(name) for name in names}
-    sys.modules.update({name: types.ModuleType(name) for name in names[:-1]} | {module.__name__: module})
+    packages = ["deepspeed", "deepspeed.runtime", "deepspeed.runtime.zero", "deepspeed.utils"]
+    made = {name: types.ModuleType(name) for name in packages} | {module.__name__: module, linkage.__name__: linkage}
+    before = {name: sys.modules.get(name) for name in made}
+    sys.modules.update(made)
     try:
-        yield kind
+        yield kind, place
     finally:
         for name, old in before.items():
             if old is None:

@@ -31,7 +31,7 @@ TAG = "global_step0"
 """The folder of a target."""
 MODEL_FILE = re.compile(r"(?:(.+)/)?mp_rank_(\d{2,})_model_states\.pt$")
 LAYER_FILE = re.compile(r"(?:(.+)/)?layer_(\d{2,})(?:-model_(\d{2,}))?-model_states\.pt$")
-_UNIVERSAL = re.compile(r"(?:(.+)/)?zero/optimizer_state\.pt$")
+_UNIVERSAL = re.compile(r"(?:(.+)/)?zero/(?:optimizer_state|[^/]+/fp32)\.pt$")
 _ZERO_FILE = re.compile(r"(?:(.+)/)?(?:bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_?(?:optim|model)_states\.pt$")
 
 

@@ -239,9 +239,12 @@ def _module(index: ContainerIndex, path: str) -> dict[str, StoredTensor]:
 
 def _version(manifest: Manifest | None, indexes: list[ContainerIndex], paths: list[str]) -> tuple[float, tuple[str, ...]]:
     """Checkpoint version of the QKV rows; the manifest's counts before the files'."""
-    if manifest is not None and manifest.version is not None:
-        return manifest.version, ()
     told = [index.objects.get("checkpoint_version") for index in indexes]
+    if manifest is not None and manifest.version is not None:
+        if odd := [version for version in told if version not in (None, manifest.version)]:
+            note = f"{manifest.path} says version {manifest.version:g}, the files say {short(odd[0])}"
+            return manifest.version, (f"{note}: the manifest's was taken, as DeepSpeed does",)
+        return manifest.version, ()
     if any(other != told[0] for other in told):
         at = next(i for i, other in enumerate(told) if other != told[0])
         raise CheckpointError(

@@ -108,7 +108,7 @@ class DeepSpeedUniversal:
         training = target.training
         if training is None:
             raise UnsupportedError(
-                "a universal checkpoint goes on with a training run, and the source holds none",
+                "a universal checkpoint goes on with a training run, and none is read from this source",
                 expected="a deepspeed-zero or deepspeed-universal source",
                 remedy="Convert the weights --to huggingface, and start the run from them",
             )
@@ -252,6 +252,8 @@ class _Run:
     def _take(self, held: Mapping[str, _Held]) -> None:
         """Weights, planes and steps under the dialect's names."""
         buffers = {name for states in self.models for name in states.buffers}
+        # What an optimizer keeps differs by group; a part of what another parameter has is a file that was lost.
+        kinds = {frozenset(one.tensors) for one in held.values()}
         for name, one in held.items():
             if MASTER not in one.tensors:
                 raise CheckpointError(
@@ -260,6 +262,15 @@ class _Run:
                     file=f"{self.folder}zero/{name}",
                     expected=f"{MASTER}.pt",
                     actual=", ".join(sorted(one.tensors)) or "nothing",
+                    remedy="Copy the checkpoint again",
+                )
+            if len(one.tensors) > 1 and (more := next((kind for kind in kinds if kind > one.tensors.keys()), None)):
+                raise CheckpointError(
+                    "a parameter has a part of the optimizer's state that others have",
+                    tensor=name,
+                    file=f"{self.folder}zero/{name}",
+                    expected=", ".join(f"{key}.pt" for key in sorted(more)),
+                    actual=", ".join(f"{key}.pt" for key in sorted(one.tensors)),
                     remedy="Copy the checkpoint again",
                 )
             if name in self.shared or name in buffers:

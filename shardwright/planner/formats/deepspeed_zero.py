@@ -34,7 +34,7 @@ from .common import read_unit, told_spec, versioned_spec
 from .deepspeed_files import config_of
 from .deepspeed_mp import dialect_of, padded_of
 from .zero_files import OPTIMIZER, Files, folder_of, missing_rank
-from .zero_flat import joined, sliced, whole
+from .zero_flat import joined, placed, sliced, whole
 from .zero_names import Names, global_expert, local_experts
 from .zero_states import ModelStates, OptimizerStates, plain, refuse_experts
 
@@ -221,6 +221,7 @@ class _Run:
                 label = f"parameter group {number}"
                 parts = [one.masters[number] for one in held]
                 found.masters |= _renamed(joined(label, shapes, gaps, parts), named)
+                _check_places(held, number, placed(shapes, gaps, parts[0].shape[0], count))
                 for key in _keys(held, number):
                     vectors = [one.vectors(number)[key] for one in held]
                     plane = found.planes.setdefault(key, {})
@@ -269,8 +270,8 @@ class _Run:
             if lacking := next((one for one, held in zip(models, parts, strict=True) if name not in held), None):
                 raise lacking.wrong("frozen_param_fragments", short(name), None)
             found.rest[name] = whole(name, shape, [held[name] for held in parts])
-        module = first.module or {}
-        found.rest |= {name: module[name] for name in first.buffers if name in module}
+        buffers = first.buffers
+        found.rest |= {name: tensor for name, tensor in (first.module or {}).items() if name in buffers}
         return found
 
     def _model(self, mp: int, dp: int) -> ModelStates:
@@ -306,6 +307,23 @@ def _keys(states: list[OptimizerStates], number: int) -> list[str]:
     if odd := next((rank for rank, held in enumerate(keys) if held != keys[0]), None):
         raise states[odd].wrong(f"state of group {number}", f"{keys[0]}, as in {states[0].path}", short(keys[odd]))
     return keys[0]
+
+
+def _check_places(states: list[OptimizerStates], number: int, expected: list[dict[str, tuple[int, int]]]) -> None:
+    """Refuse a file that says it holds another rank's part. Only its name says whose it is, and names get lost in copying.
+
+    A mapping that is empty or no rank's is left alone: with ``round_robin_gradients`` DeepSpeed writes it in another order than the part's.
+    """
+    for rank, one in enumerate(states):
+        told = one.slices[number] if one.placed and number < len(one.slices) else expected[rank]
+        if told and told != expected[rank] and told in expected:
+            raise CheckpointError(
+                "a file holds the part of another data-parallel rank than its name says",
+                file=one.path,
+                expected=f"the part of rank {rank} of parameter group {number}",
+                actual=f"that of rank {expected.index(told)}, by its param_slice_mappings",
+                remedy="Give the files the names that DeepSpeed gave them",
+            )
 
 
 def _steps(states: list[OptimizerStates], number: int, shapes: Shapes) -> Iterable[tuple[str, int | float | TensorValue]]:

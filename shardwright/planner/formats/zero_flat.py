@@ -28,7 +28,7 @@ from ...errors import CheckpointError, short
 from ..containers.base import Fragment, StoredTensor
 from ..tensor.dtypes import dtype as dtype_of
 
-__all__ = ["joined", "sliced", "whole"]
+__all__ = ["joined", "placed", "sliced", "whole"]
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -89,6 +89,23 @@ def joined(label: str, shapes: Shapes, paddings: Sequence[int] | None, parts: Se
     if found and (rest := sum(part.shape[0] for part in parts) - needed):
         last = next(reversed(found))
         found[last] = found[last]._replace(blanks=(*found[last].blanks, *walk.take(rest)))
+    return found
+
+
+def placed(shapes: Shapes, paddings: Sequence[int] | None, each: int, ranks: int) -> list[dict[str, tuple[int, int]]]:
+    """By rank, where the parameters of one group lie in that rank's part of `each` elements: start and length.
+
+    It is what DeepSpeed writes as ``param_slice_mappings`` (``utils/mixed_precision_linkage.py``).
+    """
+    found: list[dict[str, tuple[int, int]]] = [{} for _ in range(ranks)]
+    at = 0
+    for (name, shape), gap in zip(shapes.items(), paddings or [0] * len(shapes), strict=True):
+        end = at + prod(shape)
+        for rank in range(at // each, min(-(-end // each), ranks)) if each else ():
+            start, stop = max(at - rank * each, 0), min(end - rank * each, each)
+            if start < stop:
+                found[rank][name] = start, stop - start
+        at = end + gap
     return found
 
 

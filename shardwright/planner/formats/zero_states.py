@@ -12,6 +12,7 @@ Boundary: headers, and single numbers of at most 64 bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from ...errors import CheckpointError, UnsupportedError, short
@@ -232,6 +233,11 @@ class OptimizerStates(_File):
         return [self.listed(group, "param_alignment_paddings") for group in self.listed(held, "param_alignment_paddings")]
 
     @property
+    def placed(self) -> bool:
+        """Whether the file says where parameters lie; those of before universal checkpoints do not."""
+        return self.states.get("param_slice_mappings") is not None
+
+    @cached_property
     def slices(self) -> list[dict[str, tuple[int, int]]]:
         """By group, where parameters lie in this rank's part: start and length."""
         found = []
