@@ -107,6 +107,7 @@ def verify(
         container=asked.container,
         spec=asked.spec,
         drop=_dropped(identity),
+        trust_replicas=_trusted(identity),
         optimizer=optimizer,
     )
     located = locate(origin.source, request, asked)
@@ -120,6 +121,12 @@ def verify(
         dict.fromkeys(f"{d.tensor}@{d.rank}, element {d.index} ({d.file})" if d.tensor else f"{d.file}: {d.what}" for d in unequal)
     )
     return Verification("values", count, count - len({(d.tensor, d.rank) for d in unequal if d.tensor}), different, (), ())
+
+
+def _trusted(identity: Mapping[str, Any]) -> bool:
+    """Whether the conversion was told to take the first of all copies."""
+    recipe = identity.get("recipe")
+    return isinstance(recipe, dict) and recipe.get("trust_replicas") is True
 
 
 def _dropped(identity: Mapping[str, Any]) -> tuple[str, ...]:

@@ -81,17 +81,18 @@ class Layouts:
         program = self.programs[number]
         size = itemsize(program.dtype)
         gather = self._moves(number, "gather", 0, program.gather, program.shape, lo, hi, size)
-        replicas = [self._moves(number, "replica", i, r, program.shape, lo, hi, size) for i, r in enumerate(program.replicas)]
+        sizes = [itemsize(program.replica_dtype(i)) for i in range(len(program.replicas))]
+        replicas = [self._moves(number, "replica", i, r, program.shape, lo, hi, sizes[i]) for i, r in enumerate(program.replicas)]
         scatter = []
         for index, output in enumerate(program.outputs):
             begin, end = output_box(output, lo, hi)
             found = self._moves(number, "scatter", index, output.scatter, output.shape, begin, end, itemsize(output.dtype))
             scatter.append(tuple((move.slot, step) for move in found for step in write_steps(move, self.strip_bytes)))
-        whole = int(np.prod([b - a for a, b in zip(lo, hi, strict=True)], dtype=np.int64)) * size
+        whole = int(np.prod([b - a for a, b in zip(lo, hi, strict=True)], dtype=np.int64))
         return Strip(
             _reads(gather, self.strip_bytes),
             tuple(_reads(r, self.strip_bytes) for r in replicas),
-            tuple(sum(m.nbytes for m in r) < whole for r in replicas),
+            tuple(sum(m.nbytes for m in r) < whole * n for r, n in zip(replicas, sizes, strict=True)),
             tuple(scatter),
         )
 

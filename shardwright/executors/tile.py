@@ -4,7 +4,8 @@
    per output, scratch.
 2. Source pieces inside the box are read into the pivot strip. Each replica is read into the compare strip (which starts
    as a copy where the replica covers the box only in part) and must be equal, byte for byte; or it is averaged with the
-   pivot (`averaging`), and how many elements differed goes into the receipt.
+   pivot (`averaging`), and how many elements differed goes into the receipt. A copy in a narrower dtype must be the pivot
+   rounded (`rounding`).
 3. The value op's kernel fills the output strips; without one the pivot strip is the output.
 4. Each output's pieces inside the box are written to their targets. Where a target is memory, and the box goes to one run of
    it as it is, step 2 reads straight into that.
@@ -36,6 +37,7 @@ from .extents import Extent, Sink, Witness
 from .layouts import Layouts, Reads, Shape, Strip, Writes, extents_of, output_box
 from .move import offsets
 from .padding import Padding, all_zero, classify
+from .rounding import Odd, Rounded
 from .sources import SourceFiles
 from .transfer import gather, scatter
 
@@ -187,9 +189,28 @@ class Runner:
             receipt.bytes_written += nbytes
             return
         receipt.bytes_read += self._gather(job, steps.gather, buffers.pivot, buffers.staging)
+        self._copies(job, program, steps, nbytes, lo, hi, buffers, receipt)
+        sides: Sequence[memoryview] = [buffers.pivot] * len(steps.scatter)
+        if program.op is not None:
+            _compute(program, lo, hi, buffers)
+            sides = buffers.outputs
+        for writes, side in zip(steps.scatter, sides, strict=True):
+            receipt.bytes_written += self._scatter(job, writes, sink, side, buffers.staging)
+
+    def _copies(
+        self, job: Job, program: Program, steps: Strip, nbytes: int, lo: Shape, hi: Shape, buffers: _Buffers, receipt: Receipt
+    ) -> None:
+        """Read the strip's other copies, and compare or average them."""
         mean = Mean(program.dtype, buffers.pivot[:nbytes], buffers.mean) if program.average else None
         for index, reads in enumerate(steps.replicas):
-            if reads:
+            if reads and (kind := program.replica_dtype(index)) != program.dtype:
+                rounded = Rounded(program.dtype, kind, buffers.pivot[:nbytes], buffers.compare)
+                if steps.partial[index]:
+                    rounded.copy[:] = rounded.expected
+                receipt.bytes_read += self._gather(job, reads, rounded.copy, buffers.staging)
+                if (odd := rounded.first_difference()) is not None:
+                    raise self._not_rounded(job, program, index, lo, hi, kind, odd)
+            elif reads:
                 if steps.partial[index]:
                     buffers.compare[:nbytes] = buffers.pivot[:nbytes]
                 receipt.bytes_read += self._gather(job, reads, buffers.compare, buffers.staging)
@@ -199,12 +220,6 @@ class Runner:
                     raise self._mismatch(job, program, index, lo, hi, at)
         if mean is not None and (count := mean.finish()):
             receipt.averaged[job.name] = receipt.averaged.get(job.name, 0) + count
-        sides: Sequence[memoryview] = [buffers.pivot] * len(steps.scatter)
-        if program.op is not None:
-            _compute(program, lo, hi, buffers)
-            sides = buffers.outputs
-        for writes, side in zip(steps.scatter, sides, strict=True):
-            receipt.bytes_written += self._scatter(job, writes, sink, side, buffers.staging)
 
     def _place(self, job: Job, steps: Strip, nbytes: int) -> memoryview | None:
         """The target's own memory, if the strip is one run of it and nothing else is to be done."""
@@ -282,6 +297,20 @@ class Runner:
             actual=f"other values in bytes {offset} … {offset + nbytes - 1}",
             remedy="Copy the checkpoint again; a file of another run may lie in its place",
         )
+
+    def _not_rounded(self, job: Job, program: Program, replica: int, lo: Shape, hi: Shape, kind: str, odd: Odd) -> ReplicaMismatchError:
+        """The error for an element of a copy that is not the weight rounded."""
+        error = self._mismatch(job, program, replica, lo, hi, odd.element * itemsize(program.dtype))
+        made = ReplicaMismatchError(
+            f"{kind} weights are not the {program.dtype} ones rounded; {error.message.partition(', ')[2]}",
+            tensor=job.name,
+            file=error.file,
+            expected=odd.expected,
+            actual=f"{odd.actual}; largest difference near it {odd.largest:.3g}",
+            remedy="Files of two runs or steps lie here, or the masters were never updated; --trust-replicas takes the masters",
+        )
+        made.places = error.places
+        return made
 
     def _mismatch(self, job: Job, program: Program, replica: int, lo: Shape, hi: Shape, at: int) -> ReplicaMismatchError:
         """The error for byte `at` of the strip: which element, and the two files that disagree on it."""

@@ -23,7 +23,7 @@ from math import prod
 import numpy as np
 
 from ._strict import LIMIT, fail
-from .passes.memory import averageable
+from .passes.memory import averageable, roundable
 from .plan import KERNELS, SEAL_DIGITS, Bindings, Output, Plan, Program, TargetFile, TensorEntry
 from .schemes import SCHEMES
 from .tensor.dtypes import BY_NAME
@@ -139,8 +139,7 @@ def _program(program: Program, bound: Bindings, where: str, kernels: set[str]) -
     read = {piece.slot for piece in (*program.gather, *(p for r in program.replicas for p in r))}
     if wrong := [operand for operand in program.blank if operand in read or not 0 <= operand < sources]:
         fail(f"{where}.blank", "names an operand that is not padding alone", actual=wrong[0])
-    if program.average and not averageable(program.dtype):
-        fail(f"{where}.average", "is of a dtype that has no mean", actual=program.dtype)
+    _copies(program, where)
     if program.op is None:
         if len(program.outputs) != 1 or program.outputs[0].dtype != program.dtype:
             fail(f"{where}.outputs", "of a plain copy is not one tensor of its dtype")
@@ -148,6 +147,16 @@ def _program(program: Program, bound: Bindings, where: str, kernels: set[str]) -
         fail(f"{where}.op", "is no value op of this version or of a scheme that is registered here", actual=program.op.kernel[:80])
     for k, output in enumerate(program.outputs):
         _output(program, output, targets, f"{where}.outputs[{k}]")
+
+
+def _copies(program: Program, where: str) -> None:
+    """What is said of the replicas fits their dtypes."""
+    if program.average and not averageable(program.dtype):
+        fail(f"{where}.average", "is of a dtype that has no mean", actual=program.dtype)
+    if len(program.rounded) > len(program.replicas) or (program.average and program.rounded):
+        fail(f"{where}.rounded", "has other dtypes than the last replicas", actual=program.rounded)
+    if wrong_dtype := next((kind for kind in program.rounded if not roundable(program.dtype, kind)), None):
+        fail(f"{where}.rounded", "is no dtype that the pivot is rounded to", actual=wrong_dtype)
 
 
 def _output(program: Program, output: Output, operands: int, where: str) -> None:
@@ -198,7 +207,6 @@ def _distinct(dims: Sequence[tuple[int, int]], where: str) -> None:
 
 def _reads(plan: Plan, program: Program, bound: Bindings, where: str) -> None:
     """The last byte that each operand's pieces read lies inside the operand's file."""
-    itemsize = BY_NAME[program.dtype].itemsize
     last: dict[int, int] = {}
     for piece in (*program.gather, *(p for r in program.replicas for p in r), *program.padding):
         low = piece.src_off + sum((n - 1) * min(s, 0) for n, _, s in piece.dims)
@@ -208,6 +216,7 @@ def _reads(plan: Plan, program: Program, bound: Bindings, where: str) -> None:
         last[piece.slot] = max(last.get(piece.slot, 0), high)
     sizes = np.array([f.nbytes for f in plan.source_files], dtype=np.int64)
     for operand, high in last.items():
+        itemsize = BY_NAME[program.operand_dtype(operand)].itemsize
         room = sizes[bound.source_file[:, operand]] - bound.source_offset[:, operand]
         if len(room) and int(room.min()) < (high + 1) * itemsize:
             fail(where, "reads past the end of a source file", expected=f"at most {int(room.min())} bytes", actual=(high + 1) * itemsize)

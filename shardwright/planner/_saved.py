@@ -242,7 +242,7 @@ def _read_seals(value: object, files: int) -> list[tuple[int, Seal]]:
 
 def _read_program(value: object, where: str) -> Program:
     keys = ("label", "dtype", "shape", "gather", "replicas", "padding", "op", "outputs", "cut", "whole")
-    found = record(value, where, keys, ("average", "blank"))
+    found = record(value, where, keys, ("average", "blank", "rounded"))
     return Program(
         text(found["label"], f"{where}.label"),
         pick(found["dtype"], f"{where}.dtype", BY_NAME),
@@ -256,6 +256,7 @@ def _read_program(value: object, where: str) -> Program:
         flag(found["whole"], f"{where}.whole"),
         average=flag(found.get("average", False), f"{where}.average"),
         blank=tuple(column(items(found.get("blank", []), f"{where}.blank"), f"{where}.blank")),
+        rounded=tuple(pick(kind, f"{where}.rounded", BY_NAME) for kind in items(found.get("rounded", []), f"{where}.rounded")),
     )
 
 

@@ -220,6 +220,7 @@ def _program(program: Program) -> dict[str, Any]:
         "whole": program.whole,
         **({"average": True} if program.average else {}),
         **({"blank": list(program.blank)} if program.blank else {}),
+        **({"rounded": list(program.rounded)} if program.rounded else {}),
     }
 
 

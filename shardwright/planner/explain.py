@@ -136,9 +136,11 @@ def _op(program: Program, operand: int) -> Iterator[str]:
 
 def _replicas(places: Places, number: int, row: int) -> Iterator[str]:
     program = places.plan.programs[number]
-    what = "averaged with" if program.average else "compared with"
-    for replica in program.replicas:
-        yield f"  {what} a copy in {_names(places, number, row, sorted({p.slot for p in replica}))}"
+    what = "averaged" if program.average else "compared"
+    for index, replica in enumerate(program.replicas):
+        kind = program.replica_dtype(index)
+        rounded = "" if kind == program.dtype else f" as {kind}"
+        yield f"  {what}{rounded} with a copy in {_names(places, number, row, sorted({p.slot for p in replica}))}"
 
 
 def _names(places: Places, number: int, row: int, operands: Sequence[int]) -> str:

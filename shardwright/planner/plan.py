@@ -134,6 +134,9 @@ class Program:
         Whether an item must be gathered whole before it is scattered (a transpose), not in strips.
     blank
         Source operands that hold nothing but padding which must be zero.
+    rounded
+        Dtypes of the last of the replicas: these hold the pivot rounded to a dtype of at most half its size (a 16-bit module beside
+        its float32 masters), and must equal that.
     """
 
     label: str
@@ -148,6 +151,19 @@ class Program:
     whole: bool
     average: bool = False
     blank: tuple[int, ...] = ()
+    rounded: tuple[str, ...] = ()
+
+    def replica_dtype(self, replica: int) -> str:
+        """What one of the replicas is stored in."""
+        number = replica - (len(self.replicas) - len(self.rounded))
+        return self.dtype if number < 0 else self.rounded[number]
+
+    def operand_dtype(self, operand: int) -> str:
+        """What a source operand is stored in."""
+        for number in range(len(self.replicas) - len(self.rounded), len(self.replicas)):
+            if any(piece.slot == operand for piece in self.replicas[number]):
+                return self.replica_dtype(number)
+        return self.dtype
 
     @property
     def nbytes(self) -> int:

@@ -99,6 +99,8 @@ class Source:
         Where the model's own config.json lies, if it does.
     on_paper
         Whether there is nothing but a config: shapes, and no values.
+    copies
+        What repeats weights, perhaps rounded to a narrower dtype (a 16-bit module beside its float32 masters), as `units` are.
     planes
         What is stored beside the weights (``exp_avg``), as `units` are; a plane has the tensors that are trained.
     training
@@ -125,6 +127,7 @@ class Source:
     config_path: str = "hf/config.json"
     on_paper: bool = False
     norm_shift: int = 0
+    copies: Units = field(default_factory=dict)
     planes: Mapping[str, Units] = field(default_factory=dict)
     training: Training | None = None
 

@@ -100,6 +100,7 @@ class DeepSpeedUniversal:
             identity=identity,
             config_path=config_path,
             norm_shift=shift,
+            copies={(0, 0): run.copies},
             planes={plane: {(0, 0): held} for plane, held in run.planes.items()},
             training=run.training(),
         )
@@ -216,6 +217,7 @@ class _Run:
         self.steps: dict[str, Any] = {}
         self._take(held)
         self._untrained()
+        self.copies = self._copies()
         self.common = self._common()
 
     def _parameters(self) -> dict[str, _Held]:
@@ -298,6 +300,18 @@ class _Run:
             for name, shape in shapes.items():
                 if self.names.plain(name) not in self.weights:
                     self.weights[self.names.plain(name)] = whole(name, shape, [held[name] for held in parts])
+
+    def _copies(self) -> dict[str, StoredTensor]:
+        """What the module of a run without model parallelism has of the weights, as it computed with them."""
+        modules = [states.module for states in self.models if states.module]
+        if len(modules) != 1 or self.names.pipeline:
+            return {}
+        found = {own: modules[0].get(name) for own, name in self.called.items()}
+        return {
+            own: tensor._replace(name=hub_name("module", own))
+            for own, tensor in found.items()
+            if tensor is not None and tensor.shape == self.weights[own].shape
+        }
 
     def _common(self) -> dict[str, Any]:
         path = f"{self.folder}zero/optimizer_state.pt"

@@ -63,7 +63,7 @@ class DeepSpeedZero:
         identity = read_identity(store)
         run = _Run(store, files)
         names = Names(name for rank in run.ranks for name in rank.masters)
-        units, planes, dropped = _put_together(run, names)
+        units, copies, planes, dropped = _put_together(run, names)
         layout = Layout(tp=run.tp)
         everything = {name for unit in units.values() for name in unit}
         ranks = [path for (_, dp), path in run.paths.items() if dp == 0]
@@ -93,6 +93,7 @@ class DeepSpeedZero:
             identity=identity,
             config_path=config_path,
             norm_shift=shift,
+            copies=copies,
             planes=planes,
             training=_training(run, names),
         )
@@ -114,8 +115,8 @@ class _Rank:
     rest: dict[str, StoredTensor]
     shared: dict[str, str]
     steps: dict[str, int | float | TensorValue] = field(default_factory=dict)
-    copies: int = 0
-    """Tensors of the module that repeat masters in low precision."""
+    copies: dict[str, StoredTensor] = field(default_factory=dict)
+    """Tensors of the module that repeat masters, in the dtype that the model computes in."""
 
 
 class _Run:
@@ -230,7 +231,7 @@ class _Run:
         module = model.module
         if module is not None:
             found.rest = {name: tensor for name, tensor in module.items() if name not in found.masters and name not in found.shared}
-            found.copies = len(module) - len(found.rest)
+            found.copies = {name: tensor for name, tensor in module.items() if name in found.masters}
         return found
 
     def _expert_ranks(self, states: list[OptimizerStates], shapes: Shapes, count: int) -> Iterable[tuple[list[OptimizerStates], Any]]:
@@ -338,15 +339,18 @@ def _renamed(tensors: Mapping[str, StoredTensor], named: Any) -> dict[str, Store
     return {named(name): tensor._replace(name=named(name)) for name, tensor in tensors.items()}
 
 
-def _put_together(
-    run: _Run, names: Names
-) -> tuple[dict[tuple[int, int], dict[str, StoredTensor]], dict[str, dict[tuple[int, int], dict[str, StoredTensor]]], list[Dropped]]:
-    """Weights and planes of every tensor-parallel rank, its pipeline stages together; what is left out."""
-    units: dict[tuple[int, int], dict[str, StoredTensor]] = {(tp, 0): {} for tp in range(run.tp)}
-    planes: dict[str, dict[tuple[int, int], dict[str, StoredTensor]]] = {}
+Held = dict[tuple[int, int], dict[str, StoredTensor]]
+"""Tensors by name, for each (rank, virtual chunk)."""
+
+
+def _put_together(run: _Run, names: Names) -> tuple[Held, Held, dict[str, Held], list[Dropped]]:
+    """Weights, what repeats them, and planes of every tensor-parallel rank, its pipeline stages together; what is left out."""
+    units: Held = {(tp, 0): {} for tp in range(run.tp)}
+    copies: Held = {(tp, 0): {} for tp in range(run.tp)}
+    planes: dict[str, Held] = {}
     dropped: list[Dropped] = []
     for rank in run.ranks:
-        unit = units[rank.number % run.tp, 0]
+        unit, copy = units[rank.number % run.tp, 0], copies[rank.number % run.tp, 0]
         taken = set()
         for name, tensor in {**rank.masters, **rank.rest}.items():
             if (own := names.plain(name)) in unit:
@@ -354,18 +358,18 @@ def _put_together(
                 taken.add(name)
             else:
                 unit[own] = tensor._replace(name=own)
+                if name in rank.copies:
+                    copy[own] = rank.copies[name]._replace(name=hub_name("module", own))
         for key, plane in rank.planes.items():
             held = planes.setdefault(key, {(tp, 0): {} for tp in range(run.tp)})[rank.number % run.tp, 0]
             for name, tensor in plane.items():
                 if name not in taken:
                     own = names.plain(name)
                     held[own] = tensor._replace(name=hub_name(key, own))
-    if copies := sum(rank.copies for rank in run.ranks):
-        dropped.append(Dropped("module", f"{copies} tensors that repeat the master weights, which are taken"))
-    _layers(run, names, units, dropped)
+    _layers(run, names, units, copies)
     if run.files.experts:
         dropped.append(Dropped("experts", f"{len(run.files.experts)} files that repeat the master weights, which are taken"))
-    return units, planes, dropped
+    return units, copies, planes, dropped
 
 
 def spec_of(states: ModelStates, names: Names, dialect: Dialect, told: str) -> str:
@@ -395,9 +399,8 @@ def name_shared(
     return []
 
 
-def _layers(run: _Run, names: Names, units: Mapping[tuple[int, int], dict[str, StoredTensor]], dropped: list[Dropped]) -> None:
+def _layers(run: _Run, names: Names, units: Held, copies: Held) -> None:
     """A pipeline's layer files: what no master has (buffers, what is not trained); the rest repeats masters."""
-    repeated = 0
     for (layer, tp), index in run.layers.items():
         if (unit := units.get((tp, 0))) is None:
             raise CheckpointError(
@@ -408,10 +411,10 @@ def _layers(run: _Run, names: Names, units: Mapping[tuple[int, int], dict[str, S
             )
         for key, tensor in index.tensors.items():
             own = names.of_layer(layer, key)
-            repeated += own in unit
-            unit.setdefault(own, tensor._replace(name=own))
-    if repeated:
-        dropped.append(Dropped("layers", f"{repeated} tensors of the layers' files that repeat the master weights, which are taken"))
+            if own in unit:
+                copies[tp, 0].setdefault(own, tensor._replace(name=hub_name("module", own)))
+            else:
+                unit[own] = tensor._replace(name=own)
 
 
 def _training(run: _Run, names: Names) -> Training:

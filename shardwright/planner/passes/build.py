@@ -29,12 +29,13 @@ from ..plan import PAPER, Dropped, Plan, SourceFile, TargetFile, TensorEntry
 from ..request import Request
 from ..tables import Ignore
 from ..tensor.dtypes import dtype as dtype_of
+from ..tensor.pieces import FILL
 from .check import check
 from .identify import with_identity
 from .lower import Lowered, lower
-from .planes import held_by, join_sources, join_targets, rows_of, stored_in
+from .planes import held_by, join_copies, join_sources, join_targets, rows_of, stored_in
 from .request import Cast, Words, casts, settle_words
-from .rows import expand
+from .rows import Expansion, expand
 from .sides import WEIGHT, SourceSide, TargetSide, place, resolve, targets, without_scales
 from .tiling import TILE_BYTES, choose_cuts, tile
 
@@ -78,7 +79,7 @@ def build(source: Source, request: Request, *, tile_bytes: int = TILE_BYTES) -> 
 
 def sides_of(source: Source, request: Request, words: Words, cast: Cast) -> tuple[SourceSide, TargetSide]:
     family, config = source.family, source.config
-    side = bind(source, request.drop)
+    side = bind_weights(source, request)
     write = expand(family, config, words.dialect, words.spec, request.layout, words.padded_vocab, hub=source.hub)
     wanted = targets(write, request.layout, side, cast, words.scheme, norm_shift(source, request))
     for plane in words.planes:
@@ -132,6 +133,35 @@ def bind(source: Source, drop: Sequence[str] = (), plane: str = WEIGHT) -> Sourc
     known = [ignore.of(config.fields) for ignore in family.ignore]
     numbers = {path: i for i, path in enumerate(source.files)}
     return resolve(read, source.layout, units, numbers, (*asked, *source.dialect.ignore, *known), source.dialect.name)
+
+
+def bind_weights(source: Source, request: Request) -> SourceSide:
+    """The source's weights, and what repeats them."""
+    side = bind(source, request.drop)
+    held = sum(len(unit) for unit in source.copies.values())
+    if held and request.trust_replicas:
+        side.dropped.append(Dropped("module", f"{held} tensors that repeat the master weights; not compared (--trust-replicas)"))
+    elif held:
+        more = _bind_copies(source)
+        join_copies(side, more)
+        if left := held - len(more.used):
+            side.dropped.append(Dropped("module", f"{left} tensors that repeat padded, averaged or left out master weights; not compared"))
+    return side
+
+
+def _bind_copies(source: Source) -> SourceSide:
+    """The rows of what repeats weights: not of those that are padded, tied or averaged, whose copies need not be equal."""
+    family, config, padded = source.family, source.config, source.padded_vocab
+    read = expand(family, config, source.dialect, source.spec, source.layout, padded, hub=source.hub, reading=True)
+    plain = [
+        not row.alias and not (row.average and row.split.width > 1) and not any(p.slot == FILL for s in row.shards for p in s.pieces)
+        for row in read.classes
+    ]
+    kept = Expansion(read.classes, tuple([i for i in read.instances if plain[i.row]]))
+    rows = rows_of(kept, "module", stored_in(source.copies, source.layout))
+    names = {instance.name for instance in rows.instances}
+    units = {key: {name: tensor for name, tensor in unit.items() if name in names} for key, unit in source.copies.items()}
+    return resolve(rows, source.layout, units, {path: i for i, path in enumerate(source.files)}, (), source.dialect.name)
 
 
 def read_names(source: Source) -> SourceSide:

@@ -156,7 +156,8 @@ def _check_sources(plan: Plan, allowance: Allowance) -> None:
         raise PlanError("a source tensor is neither read nor dropped", tensor=idle.name, file=plan.source_files[idle.file].path)
     trusted = bool(plan.recipe.get("trust_replicas"))
     for found, users in groups:
-        _check_source(plan, found, [(plan.programs[number], taken[number][operand]) for number, operand in users], trusted, allowance)
+        used = [(plan.programs[number].operand_dtype(operand), taken[number][operand]) for number, operand in users]
+        _check_source(plan, found, used, trusted, allowance)
 
 
 def _reads(program: Program) -> dict[int, list[Piece]]:
@@ -169,15 +170,13 @@ def _reads(program: Program) -> dict[int, list[Piece]]:
 
 
 def _check_source(
-    plan: Plan, entries: Sequence[TensorEntry], reads: Sequence[tuple[Program, list[Piece]]], trusted: bool, allowance: Allowance
+    plan: Plan, entries: Sequence[TensorEntry], reads: Sequence[tuple[str, list[Piece]]], trusted: bool, allowance: Allowance
 ) -> None:
     """The reads of one tensor, or of several that are one storage, each of which is read."""
     entry, size = entries[0], prod(entries[0].shape)
-    for program, _ in reads:
-        if entry.dtype != program.dtype:
-            raise PlanError(
-                "a program reads a source tensor of another dtype", tensor=entry.name, expected=program.dtype, actual=entry.dtype
-            )
+    for expected, _ in reads:
+        if entry.dtype != expected:
+            raise PlanError("a program reads a source tensor of another dtype", tensor=entry.name, expected=expected, actual=entry.dtype)
     pieces = [piece for _, found in reads for piece in found]
     if any(_lowest(piece) < 0 for piece in pieces):
         raise PlanError("a piece reads before its source tensor", tensor=entry.name, file=plan.source_files[entry.file].path)

@@ -4,6 +4,7 @@
 2. Choose the *pivot*, the tensor in whose coordinates the two sides meet. By default it is the hub tensor. Where a row
    joins several hub tensors in runs below 64 KiB (or in chunks that one tile must own), the row's whole tensor is the
    pivot instead, so that those runs are read or written together: the target's row first, else the source's.
+   What repeats a source row, perhaps rounded to a narrower dtype (`SourceSide.copies`), is read along with it and compared.
 3. Lower once per distinct (source row, target rows, slots): gather pieces (pivot ← source operands), replicas, padding,
    the value op, scatter pieces (target operands ← pivot, kept in pivot coordinates), zero regions. A tensor that is stored
    as several runs has an operand for each.
@@ -37,6 +38,8 @@ INTERLEAVE = 64 * 1024
 Shape = tuple[int, ...]
 Use = tuple[int, int, int]
 """(target bound, row, slot)"""
+Echo = tuple[str, tuple[Piece, ...]]
+"""A copy of a pivot: its dtype and its pieces."""
 
 
 @dataclass(slots=True)
@@ -91,6 +94,7 @@ class _Lowering:
 
     def __init__(self, source: SourceSide, target: TargetSide, trust_replicas: bool) -> None:
         self.source, self.target, self.trust = source, target, trust_replicas
+        self.copies = {} if trust_replicas else source.copies
         self.drafts: dict[object, _Draft] = {}
         self.plain: dict[tuple[int, int, int, int], _Draft] = {}
         self.uses: dict[str, tuple[Use, ...]] = {}
@@ -132,8 +136,9 @@ class _Lowering:
         """The hub tensor itself is the pivot."""
         number, row, slot = self.source.holders[name]
         aliases = () if self.trust else self.source.aliases.get(name, ())
+        copy = self.copies.get(name)
         uses = self.uses[name]
-        if len(uses) == 1 and not aliases:  # nearly always: one lookup by four numbers
+        if len(uses) == 1 and not aliases and copy is None:  # nearly always: one lookup by four numbers
             ((bound, target_row, member),) = uses
             known = self.plain.get((number, slot, bound, member))
             if known is not None:
@@ -141,19 +146,24 @@ class _Lowering:
                 known.source_rows.append(row)
                 known.target_rows.append(target_row)
                 return
-        key = ("hub", number, slot, tuple([a for a, _ in aliases]) if aliases else (), tuple([(b, s) for b, _, s in uses]))
+        repeated = None if copy is None else (copy[0], copy[2])
+        key = ("hub", number, slot, tuple([a for a, _ in aliases]) if aliases else (), repeated, tuple([(b, s) for b, _, s in uses]))
         draft = self.drafts.get(key)
         if draft is None:
-            draft = self.drafts[key] = self._hub_draft(number, slot, [a for a, _ in aliases], [(b, s) for b, _, s in uses])
-            draft.sources, draft.targets = (number, *(a for a, _ in aliases)), tuple([b for b, _, _ in uses])
-            if len(uses) == 1 and not aliases:
+            draft = self.drafts[key] = self._hub_draft(number, slot, [a for a, _ in aliases], repeated, [(b, s) for b, _, s in uses])
+            draft.sources = (number, *(a for a, _ in aliases), *(() if copy is None else copy[:1]))
+            draft.targets = tuple([b for b, _, _ in uses])
+            if len(uses) == 1 and not aliases and copy is None:
                 self.plain[number, slot, uses[0][0], uses[0][2]] = draft
         draft.names.append(name)
         draft.source_rows.append(row)
         draft.source_rows += [r for _, r in aliases] if aliases else ()
+        draft.source_rows += () if copy is None else copy[1:2]
         draft.target_rows += [r for _, r, _ in uses]
 
-    def _hub_draft(self, number: int, slot: int, aliases: Sequence[int], uses: Sequence[tuple[int, int]]) -> _Draft:
+    def _hub_draft(
+        self, number: int, slot: int, aliases: Sequence[int], repeated: tuple[int, int] | None, uses: Sequence[tuple[int, int]]
+    ) -> _Draft:
         bound = self.source.bounds[number]
         shape = bound.row.shapes[slot]
         found = gather_row(bound, bound.row.shards, slot, shape, 0)
@@ -168,9 +178,13 @@ class _Lowering:
             padding += more.padding
             blanks += more.blanks
             base += _operands(copy)
+        echoes: list[Echo] = []
+        if repeated is not None:
+            copy = self.source.bounds[repeated[0]]
+            echoes = _echoes(copy, gather_row(copy, copy.row.shards, repeated[1], shape, base))
         shards = [(b, [(j, o.shards, 0 if len(b.outputs) > 1 else s) for j, o in enumerate(b.outputs)]) for b, s in self._bounds_of(uses)]
         mean = averaged(bound)
-        return self._draft(bound.row.hub[slot], bound.dtype, shape, found.tensor, replicas, padding, blanks, shards, mean)
+        return self._draft(bound.row.hub[slot], bound.dtype, shape, found.tensor, replicas, padding, blanks, shards, mean, echoes)
 
     def _bounds_of(self, uses: Sequence[tuple[int, int]]) -> list[tuple[Bound, int]]:
         return [(self.target.bounds[b], s) for b, s in uses]
@@ -181,9 +195,12 @@ class _Lowering:
         held = [self.source.holders[name] for name in bound.hub[row]]
         order = list(dict.fromkeys((b, r) for b, r, _ in held))
         members = [(order.index((b, r)), b, s) for b, r, s in held]
-        key = ("target", number, tuple(members))
+        repeated = [self.copies.get(name) for name in bound.hub[row]]
+        copied = list(dict.fromkeys(copy[:2] for copy in repeated if copy is not None))
+        again = [None if copy is None else (copied.index(copy[:2]), copy[0], copy[2]) for copy in repeated]
+        key = ("target", number, tuple(members), tuple(again))
         if key not in self.drafts:
-            bases = np.cumsum([0] + [_operands(self.source.bounds[b]) for b, _ in order]).tolist()
+            bases = np.cumsum([0] + [_operands(self.source.bounds[b]) for b, _ in (*order, *copied)]).tolist()
             parts = []
             for position, b, slot in members:
                 holder = self.source.bounds[b]
@@ -197,8 +214,30 @@ class _Lowering:
             shards = tuple(apply_split(leaf(0, whole.shape), bound.row.split))
             label = "+".join(bound.row.hub)
             before = self.source.bounds[held[0][0]].dtype
-            self.drafts[key] = self._draft(label, before, whole.shape, whole, replicas, [], blanks, [(bound, [(0, shards, 0)])])
-        self._append(self.drafts[key], "+".join(bound.hub[row]), order, [(number, row)])
+            echoes = self._joined_echoes(bound, [p.tensor.shape for p in parts], again, bases[len(order) :])
+            self.drafts[key] = self._draft(
+                label, before, whole.shape, whole, replicas, [], blanks, [(bound, [(0, shards, 0)])], echoes=echoes
+            )
+        self._append(self.drafts[key], "+".join(bound.hub[row]), [*order, *copied], [(number, row)])
+
+    def _joined_echoes(
+        self, bound: Bound, shapes: Sequence[Shape], again: Sequence[tuple[int, int, int] | None], bases: Sequence[int]
+    ) -> list[Echo]:
+        """What repeats the parts of a joined tensor, joined as they are; parts that nothing repeats are left out of it."""
+        kinds = {self.source.bounds[copy[1]].dtype for copy in again if copy is not None}
+        found: list[Echo] = []
+        for kind in sorted(kinds):
+            parts: list[list[tuple[Piece, ...]]] = []
+            for copy, shape in zip(again, shapes, strict=True):
+                held = None if copy is None else self.source.bounds[copy[1]]
+                if copy is None or held is None or held.dtype != kind:
+                    parts.append([])
+                    continue
+                parts.append([pieces for _, pieces in _echoes(held, gather_row(held, held.row.shards, copy[2], shape, bases[copy[0]]))])
+            for i in range(max(map(len, parts))):
+                tensors = [LazyTensor(shape, _nth(pieces, i)) for pieces, shape in zip(parts, shapes, strict=True)]
+                found.append((kind, bound.row.build(tensors).pieces))
+        return found
 
     def _pivot_source(self, name: str) -> tuple[str, ...]:
         """The source row's whole tensor is the pivot, unless the target takes its members apart; what has been lowered."""
@@ -206,11 +245,13 @@ class _Lowering:
         bound = self.source.bounds[number]
         names = bound.hub[row]
         uses = list(dict.fromkeys((b, r) for member in names for b, r, _ in self.uses.get(member, ())))
-        if not self._closed(names, uses):
+        repeated = {None if (copy := self.copies.get(n)) is None else copy[:2] for n in names}
+        if not self._closed(names, uses) or len(repeated) > 1:
             self._pivot_hub(name)
             return (name,)
+        (copy_of,) = repeated
         slots = tuple((b, tuple(names.index(n) for n in self.target.bounds[b].hub[r])) for b, r in uses)
-        key = ("source", number, slots)
+        key = ("source", number, slots, None if copy_of is None else copy_of[0])
         if key not in self.drafts:
             shape = bound.row.whole.shape
             cuts = tuple(apply_split(leaf(0, shape), bound.row.split))
@@ -221,8 +262,12 @@ class _Lowering:
                 to = self.target.bounds[b]
                 shards.append((to, [(0, tuple(apply_split(to.row.build([members[k] for k in used]), to.row.split)), 0)]))
             label = "+".join(bound.row.hub)
-            self.drafts[key] = self._draft(label, bound.dtype, shape, found.tensor, found.replicas, [], found.blanks, shards)
-        self._append(self.drafts[key], "+".join(names), [(number, row)], uses)
+            echoes: list[Echo] = []
+            if copy_of is not None:
+                held = self.source.bounds[copy_of[0]]
+                echoes = _echoes(held, gather_row(held, cuts, 0, shape, _operands(bound)))
+            self.drafts[key] = self._draft(label, bound.dtype, shape, found.tensor, found.replicas, [], found.blanks, shards, echoes=echoes)
+        self._append(self.drafts[key], "+".join(names), [(number, row), *(() if copy_of is None else (copy_of,))], uses)
         return names
 
     def _closed(self, names: tuple[str, ...], uses: Sequence[tuple[int, int]]) -> bool:
@@ -248,6 +293,7 @@ class _Lowering:
         blanks: Sequence[Piece],
         uses: Sequence[tuple[Bound, list[tuple[int, tuple[LazyTensor, ...], int]]]],
         average: bool = False,
+        echoes: Sequence[Echo] = (),
     ) -> _Draft:
         """A program; `uses` are target bounds with ``(output, shards, slot of the pivot in them)``."""
         first = uses[0][0]
@@ -277,11 +323,27 @@ class _Lowering:
                 first.op.name, first.op.kernel, first.op.block if len(first.op.block) == len(shape) else (1,) * len(shape), first.op.scratch
             )
         )
-        copies = () if self.trust else tuple(replicas)
-        average = average and bool(copies)
+        copies = () if self.trust else (*replicas, *(pieces for kind, pieces in echoes if kind == dtype))
+        average = average and bool(replicas) and not self.trust
+        rounded = [(kind, pieces) for kind, pieces in echoes if kind != dtype]
+        copies = (*copies, *(pieces for _, pieces in rounded))
         blank = tuple([piece.slot for piece in blanks])
         left = (*padding, *blanks)
-        program = Program(label, dtype, shape, gathered.pieces, copies, left, op, tuple(outputs), (), False, average=average, blank=blank)
+        program = Program(
+            label,
+            dtype,
+            shape,
+            gathered.pieces,
+            copies,
+            left,
+            op,
+            tuple(outputs),
+            (),
+            False,
+            average=average,
+            blank=blank,
+            rounded=tuple([kind for kind, _ in rounded]),
+        )
         return _Draft(program, max(b.grain for b, _ in uses))
 
     def _append(self, draft: _Draft, name: str, sources: Sequence[tuple[int, int]], uses: Sequence[tuple[int, int]]) -> None:
@@ -370,6 +432,11 @@ def _width(bound: Bound) -> int:
 def _operands(bound: Bound) -> int:
     """Operands of a source's bound: the runs and the padding of all ranks that hold it."""
     return int(bound.files.shape[1])
+
+
+def _echoes(bound: Bound, found: _Gathered) -> list[Echo]:
+    """What a row that repeats another holds, each of its own copies too."""
+    return [(bound.dtype, pieces) for pieces in (found.tensor.pieces, *found.replicas)]
 
 
 def _nth(replicas: Sequence[tuple[Piece, ...]], index: int) -> tuple[Piece, ...]:

@@ -193,6 +193,13 @@ def averageable(name: str) -> bool:
     return kind.kind == "float" and kind.bits >= 16
 
 
+def roundable(pivot: str, name: str) -> bool:
+    """Whether copies of a pivot may be stored rounded to that dtype: floats of at most half its size, so that one strip's buffer
+    holds both the copy and the pivot rounded."""
+    wide, narrow = dtype(pivot), dtype(name)
+    return wide.kind == narrow.kind == "float" and narrow.bits >= 16 and 2 * narrow.bits <= wide.bits
+
+
 def mean_dtype(name: str) -> str:
     """The dtype in which copies of that dtype are added up."""
     return "float64" if name == "float64" else "float32"

@@ -19,7 +19,7 @@ from ..layout import Layout
 from .rows import Expansion, RowInstance
 from .sides import SourceSide, TargetSide, Units
 
-__all__ = ["held_by", "hub_name", "join_sources", "join_targets", "rows_of", "stored_in"]
+__all__ = ["held_by", "hub_name", "join_copies", "join_sources", "join_targets", "rows_of", "stored_in"]
 
 Has = Callable[[RowInstance, str], bool]
 
@@ -88,6 +88,14 @@ def join_sources(side: SourceSide, other: SourceSide) -> None:
     side.aliases |= {name: [(base + number, row) for number, row in copies] for name, copies in other.aliases.items()}
     side.used += other.used
     side.dropped += other.dropped
+
+
+def join_copies(side: SourceSide, other: SourceSide) -> None:
+    """Append the other side's rows to `side`, as copies of its own."""
+    base = len(side.bounds)
+    side.bounds += other.bounds
+    side.copies |= {name.partition(":")[2]: (base + number, row, slot) for name, (number, row, slot) in other.holders.items()}
+    side.used += other.used
 
 
 def join_targets(side: TargetSide, other: TargetSide, plane: str) -> None:

@@ -103,11 +103,13 @@ class Bound:
 
 @dataclass(slots=True)
 class SourceSide:
-    """All source rows. `holders`: hub name → (bound, row, slot); `aliases`: hub name → further (bound, row) copies."""
+    """All source rows. `holders`: hub name → (bound, row, slot); `aliases`: hub name → further (bound, row) copies; `copies`: hub
+    name → (bound, row, slot) of what repeats it, perhaps rounded to a narrower dtype."""
 
     bounds: list[Bound] = field(default_factory=list)
     holders: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     aliases: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    copies: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     used: list[tuple[int, StoredTensor]] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
 

@@ -164,9 +164,9 @@ def _counts(program: Program, lo: Shape, hi: Shape) -> tuple[int, int, int, int]
     last = hi == program.shape
     requests, elements = _ranges(program.gather, program.shape, lo, hi)
     read = elements * itemsize
-    for replica in program.replicas:
+    for number, replica in enumerate(program.replicas):
         more, elements = _ranges(replica, program.shape, lo, hi)
-        requests, read = requests + more, read + elements * itemsize
+        requests, read = requests + more, read + elements * dtype_of(program.replica_dtype(number)).itemsize
     for piece in program.padding if last else ():
         requests, read = requests + _region_ranges(piece), read + count(piece) * itemsize
     written = 0
