@@ -54,6 +54,7 @@ def open(
     family: str | Family | PathLike | None = None,
     config: PathLike | Mapping[str, Any] | None = None,
     vocab_size: int | None = None,
+    drop: str | Sequence[str] = (),
 ) -> Checkpoint:
     """Open a checkpoint of any format: headers and metadata only.
 
@@ -68,26 +69,32 @@ def open(
         A config.json (path or content), where the checkpoint has none.
     vocab_size
         The true vocabulary size, where only a padded one is stored.
+    drop
+        Patterns of stored names that the checkpoint may hold and no rule names, or one pattern: left out of whatever is done with it.
 
     Raises
     ------
     Refusal
         It is no checkpoint, or not a whole one; names the file, the tensor, expected and actual.
     """
+    source = _source(path, Hints(find_family(family), _config(config), vocab_size))
+    return Checkpoint(replace(source, drop=(drop,) if isinstance(drop, str) else tuple(drop)))
+
+
+def _source(path: PathLike, hints: Hints) -> Source:
     _refuse_unfinished(Path(path))
-    hints = Hints(find_family(family), _config(config), vocab_size)
     if (listed := _manifest(Path(path))) is not None:
         root, manifest, notes = listed
         # Files far from each other have a root that is no checkpoint's folder: nobody walks it.
         names = None if root == Path(path).absolute().parent else (*manifest.files, *(manifest.whole or ()))
         source = open_source(LocalStore(root, names), replace(hints, manifest=manifest))
-        return Checkpoint(replace(source, warnings=(*notes, *source.warnings)))
+        return replace(source, warnings=(*notes, *source.warnings))
     if _is_config(Path(path)):
-        if config is not None or vocab_size is not None:
+        if hints.config is not None or hints.vocab_size is not None:
             raise UsageError("a config alone says what --config and --vocab-size would", file=path, remedy="Leave them out")
-        return Checkpoint(open_config(LocalStore(path), Path(path).name, find_family(family)))
+        return open_config(LocalStore(path), Path(path).name, hints.family)
     place = Path(path).parent if Path(path).name == FILE_NAME else path
-    return Checkpoint(open_source(LocalStore(place), hints))
+    return open_source(LocalStore(place), hints)
 
 
 def _refuse_unfinished(path: Path) -> None:
@@ -265,7 +272,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         dtype
             Cast floating tensors as ``convert --dtype`` does: not those that the family keeps, and nothing else.
         dialect, spec, pad_vocab_to, drop
-            As for `plan`: `drop` has patterns of stored names that the source may hold and no rule names.
+            As for `plan`: `drop` has patterns of stored names that the source may hold and no rule names, besides those of `open`.
         include
             Patterns of the target's names; others are not there.
         lazy

@@ -25,7 +25,7 @@ from click.exceptions import Exit
 
 from .commands_diff import diff
 from .errors import RunError, ShardwrightError, StoppedError, UsageError, VerificationError
-from .options import as_json_option, bounds_options, job_of, open_source_of, source_options, target_options
+from .options import as_json_option, bounds_options, drop_option, job_of, open_source_of, source_options, target_options
 
 if TYPE_CHECKING:
     from .api import Checkpoint, Conversion, Verification
@@ -127,6 +127,7 @@ main.add_command(diff)
 @main.command()
 @click.argument("src", type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@drop_option
 @source_options
 @as_json_option
 def inspect(src: str, tensors: bool, as_json: bool, **hints: Any) -> None:

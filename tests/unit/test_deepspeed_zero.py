@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
 import shardwright as sw
+from shardwright.cli import main
 from shardwright.errors import CheckpointError, MissingTensorError, PaddingError, UnknownTensorError, UnsupportedError, UsageError
 from shardwright.planner.passes.build import build
 from shardwright.planner.request import Request
@@ -226,6 +227,22 @@ def test_buffers_are_no_parameters(model, tmp_path):
     sw.convert(source, tmp_path / "out", to="deepspeed-universal", drop=("model.extra",))
     assert sw.verify(tmp_path / "out", source).ok
     assert same(universal(tmp_path / "out", "fp32"), model.masters)
+
+
+def test_what_is_left_out_when_it_is_opened_is_left_out_of_everything(model, tmp_path, capsys):
+    run, name = model.write(tmp_path / "run", buffers={"model.extra": torch.tensor([1, 1 << 40])}), "model.norm.weight"
+    with pytest.raises(UnknownTensorError):
+        sw.open(run)[name]
+    source = sw.open(run, drop="model.e*")
+    assert np.array_equal(source[name].numpy(), model.masters[name]) and np.array_equal(source.state_dict()[name], model.masters[name])
+    job = sw.convert(source, tmp_path / "out", to="huggingface")
+    assert job.plan.recipe["drop"] == ["model.e*"] and sw.verify(tmp_path / "out", run).ok
+    assert sw.diff(run, tmp_path / "out", drop="model.e*").ok
+    for words, says in ((["inspect", run], "model.extra"), (["diff", run, tmp_path / "out"], "left out with --drop")):
+        for drop, code in (([], 3), (["--drop", "model.extra"], 0)):
+            with pytest.raises(SystemExit) as stop:
+                main([*map(str, words), *drop, "--json"])
+            assert stop.value.code == code and (code or says in capsys.readouterr().out)
 
 
 # What bad input gets.

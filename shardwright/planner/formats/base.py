@@ -103,6 +103,8 @@ class Source:
         What is stored beside the weights (``exp_avg``), as `units` are; a plane has the tensors that are trained.
     training
         What else a training run needs to go on.
+    drop
+        Patterns of stored names to leave out, whatever is done with the checkpoint.
     """
 
     store: Store
@@ -127,6 +129,7 @@ class Source:
     norm_shift: int = 0
     planes: Mapping[str, Units] = field(default_factory=dict)
     training: Training | None = None
+    drop: tuple[str, ...] = ()
 
     def stored(self) -> Iterator[StoredTensor]:
         """Every stored tensor, the planes' after the weights."""

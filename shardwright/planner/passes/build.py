@@ -121,14 +121,14 @@ def read_side(source: Source) -> SourceSide:
 
 
 def bind(source: Source, drop: Sequence[str] = (), plane: str = WEIGHT) -> SourceSide:
-    """The source's rows of one plane, bound to its headers, whatever has to be done to their values."""
+    """The source's rows of one plane, bound to its headers, whatever has to be done to their values; `drop` adds to its own."""
     family, config, padded = source.family, source.config, source.padded_vocab
     read = expand(family, config, source.dialect, source.spec, source.layout, padded, hub=source.hub, reading=True)
     units = source.units
     if plane != WEIGHT:
         units = source.planes[plane]
         read = rows_of(read, plane, stored_in(units, source.layout))
-    asked = tuple(Ignore(pattern, "left out with --drop") for pattern in drop)
+    asked = tuple(Ignore(pattern, "left out with --drop") for pattern in (*source.drop, *drop))
     known = [ignore.of(config.fields) for ignore in family.ignore]
     numbers = {path: i for i, path in enumerate(source.files)}
     return resolve(read, source.layout, units, numbers, (*asked, *source.dialect.ignore, *known), source.dialect.name)
