@@ -323,6 +323,18 @@ BAD: dict[str, tuple[Change, str]] = {
         "'step'.*as in .*rank_0_mp",
     ),
     "another stage": (optimizer(2, lambda s: s.update(zero_stage=1)), r"not of one run.*expected stage 2.*actual stage 1"),
+    "model states of another config": (
+        states(lambda s: s["ds_config"]["zero_optimization"].update(overlap_comm=True)),
+        r"different runs: ds_config\.zero_optimization\.overlap_comm differs.*rank_0_mp.*expected True, as in .*mp_rank_00_model.*actual None",
+    ),
+    "model states of another stage": (
+        states(lambda s: s.update(ds_config={**s["ds_config"], "zero_optimization": {"stage": 1}, "odd": torch.zeros(1)})),
+        "different runs: zero_stage differs.*rank_0_mp.*expected 1, as in .*mp_rank_00_model_states.pt, actual 2",
+    ),
+    "model states of more ranks": (
+        states(lambda s: s.update(dp_world_size=8)),
+        "different runs: partition_count differs.*expected 8, as in .*mp_rank_00_model_states.pt, actual 4",
+    ),
     "an unknown stage": (optimizer(0, lambda s: s.update(zero_stage=4)), "'zero_stage'.*expected 1, 2 or 3, actual 4"),
     "other partitions": (optimizer(0, lambda s: s.update(partition_count=[2])), "ranks 0 … 1, actual too many: 2, 3"),
     "no partition count": (optimizer(0, lambda s: s.pop("partition_count")), "'partition_count'.*positive numbers"),
@@ -361,6 +373,18 @@ def test_bad_runs_are_refused(case, model, tmp_path):
     with pytest.raises((CheckpointError, UnsupportedError), match="(?s)" + message) as refused:
         sw.open(source)
     assert refused.value.exit_code == 3 and refused.value.file and refused.value.remedy
+
+
+def test_shards_of_mics_are_fewer_than_the_ranks(model, tmp_path):
+    source = model.write(tmp_path / "run", dp=4)
+    with pytest.raises(CheckpointError, match="partition_count"):
+        states(lambda s: s.update(dp_world_size=8))(source / "global_step3")
+        sw.open(source)
+    for rank in range(4):
+        name = OPTIM.replace("rank_1", f"rank_{rank}")
+        edit(name, lambda s: s["ds_config"]["zero_optimization"].update(mics_shard_size=4))(source / "global_step3")
+    states(lambda s: s["ds_config"]["zero_optimization"].update(mics_shard_size=4))(source / "global_step3")
+    assert sw.open(source).source.layout.tp == 1
 
 
 def test_padding_that_is_not_padding_is_refused(model, tmp_path):
