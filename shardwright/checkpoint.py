@@ -24,7 +24,7 @@ from .planner.identity import FILE_NAME, read_json, read_object
 from .planner.layout import Layout
 from .planner.manifest import CONFIG_NAME, Manifest, is_manifest, read_manifest, resolve
 from .planner.paper import open_config
-from .planner.passes.build import read_side
+from .planner.passes.build import read_side, refuse_target
 from .planner.passes.holding import Holding, hold
 from .planner.passes.sides import SourceSide, stored_bytes
 from .planner.passes.view import View, hub_view
@@ -426,7 +426,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
                     actual=f"process {together.index} of {list(together.ranks)}",
                 )  # fmt: skip
             asked = [rank for each in together.ranks for rank in each]
-        return hold(self._source, request, asked, (include,) if isinstance(include, str) else tuple(include))
+        holding = hold(self._source, request, asked, (include,) if isinstance(include, str) else tuple(include))
+        if request.to:
+            refuse_target(self._source, request)
+        return holding
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,29 @@ def test_what_is_left_out_when_it_is_opened_is_left_out_of_everything(model, tmp
             with pytest.raises(SystemExit) as stop:
                 main([*map(str, words), *drop, "--json"])
             assert stop.value.code == code and (code or says in capsys.readouterr().out)
+
+
+REFUSED = [
+    ("deepspeed-zero", sw.Layout()),
+    ("deepspeed-mp", sw.Layout(tp=2, pp=2)),
+    ("megatron-deepspeed", sw.Layout(pp=2)),
+    ("deepspeed-universal", sw.Layout()),
+]
+
+
+@pytest.mark.parametrize(("to", "layout"), REFUSED, ids=[to for to, _ in REFUSED])
+def test_loads_are_refused_what_convert_is(to, layout, model, tmp_path):
+    source = sw.open(tiny_llama(tmp_path / "hf", heads=8, kv=8, vocab=128))
+    with pytest.raises(UnsupportedError) as said:
+        sw.plan(source, to=to, layout=layout)
+    linear = torch.nn.Linear(1, 1)
+    for load in (source.state_dict, source.state_dicts, partial(source.load_into, linear), partial(source.state_dict, device="meta")):
+        with pytest.raises(UnsupportedError) as refused:
+            load(to=to, layout=layout)
+        assert str(refused.value) == str(said.value)
+    # A source with a training run gives what a universal checkpoint of it would hold.
+    held = sw.open(model.write(tmp_path / "run")).state_dict(to="deepspeed-universal")
+    assert np.array_equal(held["model.norm.weight"], model.masters["model.norm.weight"])
 
 
 # What bad input gets.

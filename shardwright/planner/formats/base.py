@@ -260,7 +260,7 @@ class Format(Protocol):
         """Read headers; raise a `Refusal` that names what is wrong."""
 
     def file(self, target: Target) -> Filing:
-        """Decide files and keys."""
+        """Decide files and keys; refuse what the format cannot be. A load asks for that alone, with no tensors."""
 
 
 def companions(store: Store, folder: str = "") -> tuple[tuple[str, str], ...]:

@@ -38,7 +38,7 @@ from .rows import expand
 from .sides import WEIGHT, SourceSide, TargetSide, place, resolve, targets, without_scales
 from .tiling import TILE_BYTES, choose_cuts, tile
 
-__all__ = ["assemble", "bind", "build", "no_collector", "read_names", "read_side", "sides_of"]
+__all__ = ["assemble", "bind", "build", "no_collector", "read_names", "read_side", "refuse_target", "sides_of"]
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def build(source: Source, request: Request, *, tile_bytes: int = TILE_BYTES) -> 
     with no_collector():
         words = settle_words(source, request)
         side, wanted = sides_of(source, request, words, casts(source.family, words.dtype))
-        filing = _file(source, request, words, side, wanted)
+        filing = _file(source, request, words, wanted)
         files, entries = _lay_out(filing, words, wanted)
         plan = assemble(source, request, words, side, wanted, files, entries, filing, tile_bytes)
         plan = with_identity(plan, source, request, words, wanted, filing)
@@ -147,7 +147,18 @@ def read_names(source: Source) -> SourceSide:
     return bind(replace(source, units={key: without_scales(unit, source.scheme) for key, unit in source.units.items()}))
 
 
-def _file(source: Source, request: Request, words: Words, side: SourceSide, wanted: TargetSide) -> Filing:
+def refuse_target(source: Source, request: Request) -> None:
+    """Refuse whatever `build` refuses of a target before it comes to its tensors, for loads, which file nothing.
+
+    Raises
+    ------
+    Refusal
+        The format has no such ranks, is only read, or asks for something that the source does not have.
+    """
+    _file(source, request, settle_words(source, request), TargetSide())
+
+
+def _file(source: Source, request: Request, words: Words, wanted: TargetSide) -> Filing:
     main = _main_dtype(wanted)
     made = to_huggingface(words.config, source.family, main, source.raw_config)
     if words.scheme is not None:
