@@ -78,7 +78,8 @@ def open(
         It is no checkpoint, or not a whole one; names the file, the tensor, expected and actual.
     """
     source = _source(path, Hints(find_family(family), _config(config), vocab_size))
-    return Checkpoint(replace(source, drop=(drop,) if isinstance(drop, str) else tuple(drop)))
+    given = tuple(option for option, value in (("--family", family), ("--config", config)) if value is not None)
+    return Checkpoint(replace(source, drop=(drop,) if isinstance(drop, str) else tuple(drop), given=given))
 
 
 def _source(path: PathLike, hints: Hints) -> Source:

@@ -105,6 +105,8 @@ class Source:
         What else a training run needs to go on.
     drop
         Patterns of stored names to leave out, whatever is done with the checkpoint.
+    given
+        What the user said of it: of ``--family``, ``--config``.
     """
 
     store: Store
@@ -130,6 +132,7 @@ class Source:
     planes: Mapping[str, Units] = field(default_factory=dict)
     training: Training | None = None
     drop: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
 
     def stored(self) -> Iterator[StoredTensor]:
         """Every stored tensor, the planes' after the weights."""

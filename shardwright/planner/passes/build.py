@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
-from ...errors import UnsupportedError
+from ...errors import MissingTensorError, UnsupportedError
 from ..config import to_huggingface
 from ..containers import CONTAINERS
 from ..containers.base import Container, UnitLayout
@@ -131,7 +131,12 @@ def bind(source: Source, drop: Sequence[str] = (), plane: str = WEIGHT) -> Sourc
     asked = tuple(Ignore(pattern, "left out with --drop") for pattern in (*source.drop, *drop))
     known = [ignore.of(config.fields) for ignore in family.ignore]
     numbers = {path: i for i, path in enumerate(source.files)}
-    return resolve(read, source.layout, units, numbers, (*asked, *source.dialect.ignore, *known), source.dialect.name)
+    try:
+        return resolve(read, source.layout, units, numbers, (*asked, *source.dialect.ignore, *known), source.dialect.name)
+    except MissingTensorError as error:
+        if source.given:
+            error.remedy = f"Check {' and '.join(source.given)}: they may be another model's. If they are right, copy the checkpoint again"
+        raise
 
 
 def read_names(source: Source) -> SourceSide:
