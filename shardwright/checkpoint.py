@@ -159,6 +159,8 @@ def _config(config: PathLike | Mapping[str, Any] | None) -> Mapping[str, Any] | 
     if config is None or isinstance(config, Mapping):
         return config
     path = Path(config)
+    if not path.is_file():
+        raise UsageError("the config is no file", file=path, remedy="Give the config.json that belongs to the checkpoint")
     return read_object(LocalStore(path.parent), path.name)
 
 
@@ -401,12 +403,14 @@ class Checkpoint(Mapping[str, "Tensor"]):
         UsageError, Refusal, ReplicaMismatchError, RunError
             As for `state_dict`; of the last two the module is filled in part.
         """
-        from .loading import How, fill_modules
+        from .loading import How, check_module, fill_modules
 
         layout = layout or Layout()
         request = Request(to or "", layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to, drop=drop)
         several = isinstance(module, Mapping)
         modules = module if isinstance(module, Mapping) else {_rank_number(rank, request.layout): module}
+        for each in modules.values():
+            check_module(each)
         where, how = _device(device), How.of(memory, workers, trust_replicas)
         numbers = [_rank_number(number, request.layout) for number in modules]
         if where.type == "meta":

@@ -184,13 +184,15 @@ def _dtypes(checkpoint: Checkpoint) -> dict[str, int]:
 @click.argument("out", type=click.Path(), required=False)
 @target_options
 @click.option("--html", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Write the plan as one static page.")
-@click.option("--save", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Save the plan for convert --plan.")
+@click.option("--save", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Save the plan for convert --plan; needs OUT.")
 @as_json_option
 def plan(src: str, out: str | None, html: str | None, save: str | None, as_json: bool, **options: Any) -> None:
     """Decide a conversion on paper and show what it costs; nothing is written.
 
     SRC may be a config.json alone: shapes then come from the family's table, before anything is downloaded.
     """
+    if save and out is None:
+        raise UsageError("a plan without a target cannot be run", actual=f"--save {save} without OUT", remedy="Give OUT as well")
     job = job_of(src, out, options)
     summary = job.summary()
     if html:
