@@ -24,7 +24,7 @@ from .planner.identity import FILE_NAME, read_json, read_object
 from .planner.layout import Layout
 from .planner.manifest import CONFIG_NAME, Manifest, is_manifest, read_manifest, resolve
 from .planner.paper import open_config
-from .planner.passes.build import read_side
+from .planner.passes.build import read_side, refuse_target
 from .planner.passes.holding import Holding, hold
 from .planner.passes.sides import SourceSide, stored_bytes
 from .planner.passes.view import View, hub_view
@@ -54,6 +54,7 @@ def open(
     family: str | Family | PathLike | None = None,
     config: PathLike | Mapping[str, Any] | None = None,
     vocab_size: int | None = None,
+    drop: str | Sequence[str] = (),
 ) -> Checkpoint:
     """Open a checkpoint of any format: headers and metadata only.
 
@@ -68,26 +69,33 @@ def open(
         A config.json (path or content), where the checkpoint has none.
     vocab_size
         The true vocabulary size, where only a padded one is stored.
+    drop
+        Patterns of stored names that the checkpoint may hold and no rule names, or one pattern: left out of whatever is done with it.
 
     Raises
     ------
     Refusal
         It is no checkpoint, or not a whole one; names the file, the tensor, expected and actual.
     """
+    source = _source(path, Hints(find_family(family), _config(config), vocab_size))
+    given = tuple(option for option, value in (("--family", family), ("--config", config)) if value is not None)
+    return Checkpoint(replace(source, drop=(drop,) if isinstance(drop, str) else tuple(drop), given=given))
+
+
+def _source(path: PathLike, hints: Hints) -> Source:
     _refuse_unfinished(Path(path))
-    hints = Hints(find_family(family), _config(config), vocab_size)
     if (listed := _manifest(Path(path))) is not None:
         root, manifest, notes = listed
         # Files far from each other have a root that is no checkpoint's folder: nobody walks it.
         names = None if root == Path(path).absolute().parent else (*manifest.files, *(manifest.whole or ()))
         source = open_source(LocalStore(root, names), replace(hints, manifest=manifest))
-        return Checkpoint(replace(source, warnings=(*notes, *source.warnings)))
+        return replace(source, warnings=(*notes, *source.warnings))
     if _is_config(Path(path)):
-        if config is not None or vocab_size is not None:
+        if hints.config is not None or hints.vocab_size is not None:
             raise UsageError("a config alone says what --config and --vocab-size would", file=path, remedy="Leave them out")
-        return Checkpoint(open_config(LocalStore(path), Path(path).name, find_family(family)))
+        return open_config(LocalStore(path), Path(path).name, hints.family)
     place = Path(path).parent if Path(path).name == FILE_NAME else path
-    return Checkpoint(open_source(LocalStore(place), hints))
+    return open_source(LocalStore(place), hints)
 
 
 def _refuse_unfinished(path: Path) -> None:
@@ -151,6 +159,8 @@ def _config(config: PathLike | Mapping[str, Any] | None) -> Mapping[str, Any] | 
     if config is None or isinstance(config, Mapping):
         return config
     path = Path(config)
+    if not path.is_file():
+        raise UsageError("the config is no file", file=path, remedy="Give the config.json that belongs to the checkpoint")
     return read_object(LocalStore(path.parent), path.name)
 
 
@@ -265,7 +275,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         dtype
             Cast floating tensors as ``convert --dtype`` does: not those that the family keeps, and nothing else.
         dialect, spec, pad_vocab_to, drop
-            As for `plan`: `drop` has patterns of stored names that the source may hold and no rule names.
+            As for `plan`: `drop` has patterns of stored names that the source may hold and no rule names, besides those of `open`.
         include
             Patterns of the target's names; others are not there.
         lazy
@@ -393,12 +403,14 @@ class Checkpoint(Mapping[str, "Tensor"]):
         UsageError, Refusal, ReplicaMismatchError, RunError
             As for `state_dict`; of the last two the module is filled in part.
         """
-        from .loading import How, fill_modules
+        from .loading import How, check_module, fill_modules
 
         layout = layout or Layout()
         request = Request(to or "", layout, dialect=dialect, spec=spec, dtype=dtype, pad_vocab_to=pad_vocab_to, drop=drop)
         several = isinstance(module, Mapping)
         modules = module if isinstance(module, Mapping) else {_rank_number(rank, request.layout): module}
+        for each in modules.values():
+            check_module(each)
         where, how = _device(device), How.of(memory, workers, trust_replicas)
         numbers = [_rank_number(number, request.layout) for number in modules]
         if where.type == "meta":
@@ -419,7 +431,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
                     actual=f"process {together.index} of {list(together.ranks)}",
                 )  # fmt: skip
             asked = [rank for each in together.ranks for rank in each]
-        return hold(self._source, request, asked, (include,) if isinstance(include, str) else tuple(include))
+        holding = hold(self._source, request, asked, (include,) if isinstance(include, str) else tuple(include))
+        if request.to:
+            refuse_target(self._source, request)
+        return holding
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -25,7 +25,7 @@ from click.exceptions import Exit
 
 from .commands_diff import diff
 from .errors import RunError, ShardwrightError, StoppedError, UsageError, VerificationError
-from .options import as_json_option, bounds_options, job_of, open_source_of, source_options, target_options
+from .options import as_json_option, bounds_options, drop_option, job_of, open_source_of, source_options, target_options
 
 if TYPE_CHECKING:
     from .api import Checkpoint, Conversion, Verification
@@ -127,6 +127,7 @@ main.add_command(diff)
 @main.command()
 @click.argument("src", type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@drop_option
 @source_options
 @as_json_option
 def inspect(src: str, tensors: bool, as_json: bool, **hints: Any) -> None:
@@ -183,13 +184,15 @@ def _dtypes(checkpoint: Checkpoint) -> dict[str, int]:
 @click.argument("out", type=click.Path(), required=False)
 @target_options
 @click.option("--html", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Write the plan as one static page.")
-@click.option("--save", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Save the plan for convert --plan.")
+@click.option("--save", metavar="FILE", type=click.Path(dir_okay=False, writable=True), help="Save the plan for convert --plan; needs OUT.")
 @as_json_option
 def plan(src: str, out: str | None, html: str | None, save: str | None, as_json: bool, **options: Any) -> None:
     """Decide a conversion on paper and show what it costs; nothing is written.
 
     SRC may be a config.json alone: shapes then come from the family's table, before anything is downloaded.
     """
+    if save and out is None:
+        raise UsageError("a plan without a target cannot be run", actual=f"--save {save} without OUT", remedy="Give OUT as well")
     job = job_of(src, out, options)
     summary = job.summary()
     if html:

@@ -10,7 +10,7 @@ from typing import Any
 
 import rich_click as click
 
-from .options import as_json_option, bounds_options, source_options
+from .options import as_json_option, bounds_options, drop_option, source_options
 
 __all__ = ["diff"]
 
@@ -21,6 +21,7 @@ _DIFFERENT = 4
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @click.option("--tolerance", type=float, metavar="T", help="Largest absolute difference of two values that is none. Default: bit by bit.")
+@drop_option
 @source_options
 @bounds_options
 @as_json_option

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,8 @@ def plan(
         request = Request(to, layout or Layout(), **options)
     except TypeError as error:
         raise UsageError(str(error).replace("Request.__init__()", "plan()")) from None
+    # In the recipe, too: whoever verifies the target leaves out the same.
+    request = replace(request, drop=tuple(dict.fromkeys((*checkpoint.source.drop, *request.drop))))
     return Conversion(build(checkpoint.source, request), out, memory=memory, workers=workers)
 
 

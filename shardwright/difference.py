@@ -11,7 +11,7 @@ Configs, families, layouts and formats are told, too, and never count: two check
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +165,7 @@ def diff(
     family: str | Family | PathLike | None = None,
     config: PathLike | Mapping[str, Any] | None = None,
     vocab_size: int | None = None,
+    drop: str | Sequence[str] = (),
     memory: int | str | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -184,7 +185,7 @@ def diff(
         None compares bits: ``-0.0`` and ``0.0`` differ, and so do NaNs of unequal payloads. Unequal dtypes are a
         difference, and values are compared nonetheless to tell whether they differ as well. Two checkpoints quantised
         by one scheme are compared as stored: payloads and scales as tensors of their own.
-    family, config, vocab_size
+    family, config, vocab_size, drop
         As for `open`, of both; open them yourself where they need different hints.
     memory, workers
         As for `plan`.
@@ -205,7 +206,7 @@ def diff(
         raise UsageError("a tolerance is a number from 0 on", actual=tolerance)
     if workers is not None and workers < 1:
         raise UsageError("workers must be at least 1", actual=workers)
-    hints: dict[str, Any] = {"family": family, "config": config, "vocab_size": vocab_size}
+    hints: dict[str, Any] = {"family": family, "config": config, "vocab_size": vocab_size, "drop": drop}
     one, two = (side if isinstance(side, Checkpoint) else open(side, **hints) for side in (a, b))
     facing = face(one.source, two.source, values=tolerance is not None)
     found = compare(

@@ -26,7 +26,7 @@ from .errors import ReplicaMismatchError, UsageError
 from .executors.fill import Company, fill
 from .executors.host import default_memory
 from .executors.mates import Meeting
-from .modules import Loaded, Module, Slots, slots_of
+from .modules import Loaded, Module, Slots, check_module, slots_of
 from .planner.fingerprint import plan_hash
 from .planner.passes.holding import Holding, deal
 from .sizes import parse_size
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .executors.tile import Receipt
     from .planner.plan import Plan
 
-__all__ = ["Loaded", "StateDict", "Together", "fill_modules", "read_ranks"]
+__all__ = ["Loaded", "StateDict", "Together", "check_module", "fill_modules", "read_ranks"]
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .errors import ModuleMismatchError, UnsupportedError
+from .errors import ModuleMismatchError, UnsupportedError, UsageError, short
 from .planner.passes.holding import Holding
 from .planner.tensor.dtypes import dtype as dtype_of
 
-__all__ = ["Loaded", "Module", "Slots", "slots_of"]
+__all__ = ["Loaded", "Module", "Slots", "check_module", "slots_of"]
 
 Module = torch.nn.Module | Sequence[torch.nn.Module]
 """A rank's module; where it has several virtual chunks, theirs in order."""
@@ -96,6 +96,23 @@ class Slots:
         filled = sum(len(slot.names) for slot in self.slots if slot.number is not None)
         on_meta = tuple(name for slot in self.slots if slot.tensor.is_meta for name in slot.names)
         return Loaded(filled, bytes_read, self.missing, self.unexpected, on_meta)
+
+
+def check_module(module: object) -> None:
+    """Refuse what is neither a module nor a list of them.
+
+    Raises
+    ------
+    UsageError
+        It is something else.
+    """
+    chunks = module if isinstance(module, Sequence) and not isinstance(module, str) else [module]
+    if odd := [part for part in chunks if not isinstance(part, torch.nn.Module)]:
+        raise UsageError(
+            "only modules are filled",
+            expected="a torch.nn.Module, a list of a rank's virtual chunks, or a dict of either by rank",
+            actual=f"{type(odd[0]).__name__} {short(odd[0])}",
+        )
 
 
 def slots_of(module: Module, holding: Holding, rank: int, strict: bool) -> Slots:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .api import Checkpoint, Conversion
     from .planner.layout import Layout
 
-__all__ = ["as_json_option", "bounds_options", "job_of", "open_source_of", "source_options", "target_options"]
+__all__ = ["as_json_option", "bounds_options", "drop_option", "job_of", "open_source_of", "source_options", "target_options"]
 
 _LARGEST_LAYOUT = 1 << 20
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,6 +31,7 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+drop_option = click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out stored tensors of that name.")
 source_options = _options(
     click.option("--family", metavar="NAME|FILE", help="Model family, or a family table of your own."),
     click.option("--config", "config", metavar="FILE", type=click.Path(dir_okay=False), help="config.json, where the source has none."),
@@ -63,7 +64,7 @@ target_options = _options(
     ),
     click.option("--spelling", metavar="S", help="Which of its family's spellings a Hugging Face target has, e.g. stacked."),
     click.option("--trust-replicas", is_flag=True, help="Do not read and compare copies."),
-    click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out stored tensors of that name."),
+    drop_option,
     click.option(
         "--optimizer", type=click.Choice(["keep", "drop"]), help="The optimizer's state. Default: keep it where the target can hold it."
     ),
@@ -76,7 +77,8 @@ target_options = _options(
 def open_source_of(src: str, hints: dict[str, Any]) -> Checkpoint:
     from .api import open as open_checkpoint
 
-    return open_checkpoint(src, family=hints.get("family"), config=hints.get("config"), vocab_size=hints.get("vocab_size"))
+    given = {name: hints[name] for name in ("family", "config", "vocab_size", "drop") if name in hints}
+    return open_checkpoint(src, **given)
 
 
 def job_of(src: str, out: str | None, options: dict[str, Any]) -> Conversion:
@@ -100,7 +102,6 @@ def job_of(src: str, out: str | None, options: dict[str, Any]) -> Conversion:
         max_shard_size=parse_size(options["max_shard_size"]),
         pad_vocab_to=options["pad_vocab_to"],
         trust_replicas=options["trust_replicas"],
-        drop=options["drop"],
         sha256=options["sha256"],
         optimizer=options["optimizer"],
     )

@@ -38,6 +38,8 @@ def read_json(store: Store, path: str) -> Any:
     if store.stat(path).nbytes > _LARGEST_JSON:
         raise CheckpointError("a JSON file is larger than 1 GiB", file=path)
     try:
+        if not store.stat(path).nbytes:
+            raise CheckpointError("the file is empty", file=path, remedy="Copy the file again")
         # UTF-8 and nothing else; the mark that some editors begin a file with is no part of the text.
         text = store.read(path).decode().removeprefix("\ufeff")
         found = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, path))

@@ -159,17 +159,23 @@ def read_manifest(store: Store, path: str) -> Manifest:
     """
     value = read_json(store, path)
     if not isinstance(value, dict):
-        raise CheckpointError("a manifest is a JSON object", file=path, actual=type(value).__name__)
+        raise CheckpointError("a manifest is a JSON object", file=path, actual=type(value).__name__, remedy="Correct or remove it")
     for key in ("type", "checkpoints", "version"):
         if key not in value:
-            raise CheckpointError(f"the manifest has no {key!r}", file=path, expected=f"a key {key!r}", actual=sorted(map(str, value))[:10])
+            raise CheckpointError(
+                f"the manifest has no {key!r}", file=path, expected=f"a key {key!r}", actual=sorted(map(str, value))[:10], remedy="Add it"
+            )
     files, whole = _files(value["checkpoints"], path)
     parallel = value.get("parallelization", "pp")
     if parallel not in ("pp", "tp"):
-        raise CheckpointError("the manifest's 'parallelization' is none", file=path, expected="'pp' or 'tp'", actual=short(parallel))
+        raise CheckpointError(
+            "the manifest's 'parallelization' is none", file=path, expected="'pp' or 'tp'", actual=short(parallel), remedy="Correct it"
+        )
     base = value.get("base_dir")
     if base is not None and not isinstance(base, str):
-        raise CheckpointError("the manifest's 'base_dir' is no folder's name", file=path, actual=short(base))
+        raise CheckpointError(
+            "the manifest's 'base_dir' is no folder's name", file=path, actual=short(base), remedy="Correct it, or leave it out"
+        )
     return Manifest(
         path, _type(value["type"], path), files, whole, _version(value["version"], path), parallel, _size(value, path), base or None
     )
@@ -198,19 +204,25 @@ def _files(value: Any, path: str) -> tuple[tuple[str, ...], tuple[str, ...] | No
         whole = [key for key in ("non_tp", "non-tp") if key in value]
         if len(whole) != 1 or set(value) != {"tp", whole[0]}:
             raise CheckpointError(
-                "the manifest's 'checkpoints' has other keys", file=path, expected=["tp", "non_tp"], actual=sorted(value)[:10]
-            )
+                "the manifest's 'checkpoints' has other keys", file=path, expected=["tp", "non_tp"], actual=sorted(value)[:10],
+                remedy="Correct it",
+            )  # fmt: skip
         return _names(value["tp"], "checkpoints.tp", path), _names(value[whole[0]], f"checkpoints.{whole[0]}", path)
-    raise CheckpointError("the manifest's 'checkpoints' is neither a list nor tp and non_tp", file=path, actual=short(value))
+    raise CheckpointError(
+        "the manifest's 'checkpoints' is neither a list nor tp and non_tp", file=path, actual=short(value), remedy="List the files there"
+    )
 
 
 def _names(value: Any, key: str, path: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or len(value) > _MOST_FILES or not all(isinstance(n, str) and n for n in value):
-        raise CheckpointError(f"the manifest's {key!r} is no list of file names", file=path, actual=short(value))
+        raise CheckpointError(
+            f"the manifest's {key!r} is no list of file names", file=path, actual=short(value), remedy="List the files there"
+        )
     if len(set(value)) != len(value):
         raise CheckpointError(
-            f"the manifest's {key!r} names one file twice", file=path, actual=next(n for n in value if value.count(n) > 1)
-        )
+            f"the manifest's {key!r} names one file twice", file=path, actual=next(n for n in value if value.count(n) > 1),
+            remedy="List each file once",
+        )  # fmt: skip
     return tuple(value)
 
 
@@ -240,11 +252,12 @@ def _size(value: Mapping[str, Any], path: str) -> int | None:
     found = {key: value[key] for key in ("tp_size", "mp_size") if value.get(key) is not None}
     for key, size in found.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise CheckpointError(f"the manifest's {key!r} is no number of ranks", file=path, actual=short(size))
+            raise CheckpointError(f"the manifest's {key!r} is no number of ranks", file=path, actual=short(size), remedy="Correct it")
     if len(set(found.values())) > 1:
         raise CheckpointError(
-            "the manifest's 'tp_size' and 'mp_size' differ", file=path, expected=found["tp_size"], actual=found["mp_size"]
-        )
+            "the manifest's 'tp_size' and 'mp_size' differ", file=path, expected=found["tp_size"], actual=found["mp_size"],
+            remedy="Leave the wrong one out: both are the number of files",
+        )  # fmt: skip
     return next(iter(found.values()), None)
 
 

@@ -130,7 +130,11 @@ class TestFiles:
 
     def test_empty(self, bench: Bench) -> None:
         os.truncate(bench.llama() / TWO, 0)
-        bench.refused(errors.ContainerError, says=(TWO, "actual 0 bytes"))
+        bench.refused(errors.ContainerError, says=(TWO, "the file is empty", "actual 0 bytes"))
+
+    def test_empty_json(self, bench: Bench) -> None:
+        os.truncate(bench.llama() / INDEX, 0)
+        bench.refused(errors.CheckpointError, says=(INDEX, "the file is empty", "again"))
 
     @pytest.mark.parametrize(("shift", "says"), [(-64, "overlaps"), (64, "gap")])
     def test_overlap_and_gap(self, bench: Bench, shift: int, says: str) -> None:
@@ -677,9 +681,19 @@ class TestUsage:
         with pytest.raises(errors.UsageError, match="nonsense"):
             sw.plan(bench.llama(), bench.out, to="ranks", nonsense=1)
 
+    def test_a_config_that_is_not_there(self, bench: Bench) -> None:
+        code, found = run(bench.capsys, "inspect", bench.llama(), "--config", bench.root / "nope.json")
+        assert (code, found["error"]["type"], bool(found["error"]["remedy"])) == (2, "UsageError", True)
+        assert "nope.json" in found["error"]["message"]
+
+    def test_a_saved_plan_has_a_target(self, bench: Bench) -> None:
+        code, found = run(bench.capsys, "plan", bench.llama(), "--to", "ranks", "--save", bench.root / "plan.json")
+        assert (code, found["error"]["type"], found["error"]["remedy"]) == (2, "UsageError", "Give OUT as well")
+        assert not (bench.root / "plan.json").exists()
+
     @pytest.mark.parametrize("option", ["--save", "--html"])
     def test_plan_cannot_be_written(self, bench: Bench, option: str) -> None:
         bench.llama()
-        code, found = run(bench.capsys, "plan", bench.src, "--to", "ranks", option, bench.root / "not/there.file")
+        code, found = run(bench.capsys, "plan", bench.src, bench.out, "--to", "ranks", option, bench.root / "not/there.file")
         assert (code, found["error"]["type"]) == (2, "UsageError")
         assert "there.file" in found["error"]["message"]

@@ -277,6 +277,17 @@ def test_a_hugging_face_model_in_one_rank(tmp_path):
     assert ref.differences({0: stored}, {0: ref.read_huggingface(tmp_path / "back")}) == []
 
 
+@pytest.mark.parametrize("key", ["fp32_groups_flat", "fp32_groups", None])
+def test_masters_that_are_lost_are_told(key, tmp_path):
+    optimizer = {"optimizer_state_dict": {"state": {}}} | ({key: [torch.ones(3)]} if key else {})
+    source = write_shards(tmp_path / "source", shards_of(GPT, GPT.hub(), 1), GPT.raw(), optimizer=optimizer)
+    job = sw.plan(source, to="huggingface")
+    (left,) = [d for d in job.plan.dropped if d.name == "optimizer"]
+    lost = "float32 master weights in it are lost"
+    told = [w for w in job.plan.warnings if lost in w and "mp_rank_00" in w]
+    assert (lost in left.reason, len(told)) == ((True, 1) if key else (False, 0))
+
+
 @pytest.mark.parametrize("beside", ["zero_pp_rank_0_mp_rank_00_optim_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"])
 def test_zero_is_not_this_format(beside, tmp_path):
     from shardwright.planner.formats import FORMATS

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
 import shardwright as sw
+from shardwright.cli import main
 from shardwright.errors import CheckpointError, MissingTensorError, PaddingError, UnknownTensorError, UnsupportedError, UsageError
 from shardwright.planner.passes.build import build
 from shardwright.planner.request import Request
@@ -228,6 +230,45 @@ def test_buffers_are_no_parameters(model, tmp_path):
     assert same(universal(tmp_path / "out", "fp32"), model.masters)
 
 
+def test_what_is_left_out_when_it_is_opened_is_left_out_of_everything(model, tmp_path, capsys):
+    run, name = model.write(tmp_path / "run", buffers={"model.extra": torch.tensor([1, 1 << 40])}), "model.norm.weight"
+    with pytest.raises(UnknownTensorError):
+        sw.open(run)[name]
+    source = sw.open(run, drop="model.e*")
+    assert np.array_equal(source[name].numpy(), model.masters[name]) and np.array_equal(source.state_dict()[name], model.masters[name])
+    job = sw.convert(source, tmp_path / "out", to="huggingface")
+    assert job.plan.recipe["drop"] == ["model.e*"] and sw.verify(tmp_path / "out", run).ok
+    assert sw.diff(run, tmp_path / "out", drop="model.e*").ok
+    for words, says in ((["inspect", run], "model.extra"), (["diff", run, tmp_path / "out"], "left out with --drop")):
+        for drop, code in (([], 3), (["--drop", "model.extra"], 0)):
+            with pytest.raises(SystemExit) as stop:
+                main([*map(str, words), *drop, "--json"])
+            assert stop.value.code == code and (code or says in capsys.readouterr().out)
+
+
+REFUSED = [
+    ("deepspeed-zero", sw.Layout()),
+    ("deepspeed-mp", sw.Layout(tp=2, pp=2)),
+    ("megatron-deepspeed", sw.Layout(pp=2)),
+    ("deepspeed-universal", sw.Layout()),
+]
+
+
+@pytest.mark.parametrize(("to", "layout"), REFUSED, ids=[to for to, _ in REFUSED])
+def test_loads_are_refused_what_convert_is(to, layout, model, tmp_path):
+    source = sw.open(tiny_llama(tmp_path / "hf", heads=8, kv=8, vocab=128))
+    with pytest.raises(UnsupportedError) as said:
+        sw.plan(source, to=to, layout=layout)
+    linear = torch.nn.Linear(1, 1)
+    for load in (source.state_dict, source.state_dicts, partial(source.load_into, linear), partial(source.state_dict, device="meta")):
+        with pytest.raises(UnsupportedError) as refused:
+            load(to=to, layout=layout)
+        assert str(refused.value) == str(said.value)
+    # A source with a training run gives what a universal checkpoint of it would hold.
+    held = sw.open(model.write(tmp_path / "run")).state_dict(to="deepspeed-universal")
+    assert np.array_equal(held["model.norm.weight"], model.masters["model.norm.weight"])
+
+
 # What bad input gets.
 
 Change = Callable[[Path], None]
@@ -306,6 +347,18 @@ BAD: dict[str, tuple[Change, str]] = {
         "'step'.*as in .*rank_0_mp",
     ),
     "another stage": (optimizer(2, lambda s: s.update(zero_stage=1)), r"not of one run.*expected stage 2.*actual stage 1"),
+    "model states of another config": (
+        states(lambda s: s["ds_config"]["zero_optimization"].update(overlap_comm=True)),
+        r"different runs: ds_config\.zero_optimization\.overlap_comm differs.*rank_0_mp.*True, as in .*mp_rank_00_model.*actual None",
+    ),
+    "model states of another stage": (
+        states(lambda s: s.update(ds_config={**s["ds_config"], "zero_optimization": {"stage": 1}, "odd": torch.zeros(1)})),
+        "different runs: zero_stage differs.*rank_0_mp.*expected 1, as in .*mp_rank_00_model_states.pt, actual 2",
+    ),
+    "model states of more ranks": (
+        states(lambda s: s.update(dp_world_size=8)),
+        "different runs: partition_count differs.*expected 8, as in .*mp_rank_00_model_states.pt, actual 4",
+    ),
     "an unknown stage": (optimizer(0, lambda s: s.update(zero_stage=4)), "'zero_stage'.*expected 1, 2 or 3, actual 4"),
     "other partitions": (optimizer(0, lambda s: s.update(partition_count=[2])), "ranks 0 … 1, actual too many: 2, 3"),
     "no partition count": (optimizer(0, lambda s: s.pop("partition_count")), "'partition_count'.*positive numbers"),
@@ -344,6 +397,18 @@ def test_bad_runs_are_refused(case, model, tmp_path):
     with pytest.raises((CheckpointError, UnsupportedError), match="(?s)" + message) as refused:
         sw.open(source)
     assert refused.value.exit_code == 3 and refused.value.file and refused.value.remedy
+
+
+def test_shards_of_mics_are_fewer_than_the_ranks(model, tmp_path):
+    source = model.write(tmp_path / "run", dp=4)
+    states(lambda s: s.update(dp_world_size=8))(source / "global_step3")
+    with pytest.raises(CheckpointError, match="partition_count"):
+        sw.open(source)
+    for rank in range(4):
+        name = OPTIM.replace("rank_1", f"rank_{rank}")
+        edit(name, lambda s: s["ds_config"]["zero_optimization"].update(mics_shard_size=4))(source / "global_step3")
+    states(lambda s: s["ds_config"]["zero_optimization"].update(mics_shard_size=4))(source / "global_step3")
+    assert sw.open(source).source.layout.tp == 1
 
 
 def test_padding_that_is_not_padding_is_refused(model, tmp_path):
@@ -465,7 +530,11 @@ BAD_UNIVERSAL: dict[str, tuple[Change, type[Exception], str]] = {
         CheckpointError,
         "has no weights.*model.norm.weight.*fp32.pt",
     ),
-    "no parameter": (lambda f: shutil.rmtree(f / "zero/model.norm.weight"), MissingTensorError, "model.norm.weight"),
+    "no parameter": (
+        lambda f: shutil.rmtree(f / "zero/model.norm.weight"),
+        MissingTensorError,
+        r"'model.norm.weight', file global_step3_universal/zero/model.norm.weight/fp32.pt.*not there. Copy the checkpoint again",
+    ),
     "another length": (
         lambda f: torch.save(torch.zeros(7), f / "zero/lm_head.weight/fp32.pt"),
         CheckpointError,
@@ -492,3 +561,14 @@ def test_bad_universal_checkpoints_are_refused(case, model, tmp_path):
     change(tmp_path / "out" / "global_step3_universal")
     with pytest.raises(kind, match="(?s)" + message):
         sw.plan(sw.open(tmp_path / "out"), to="huggingface")
+
+
+def test_what_the_user_said_of_the_model_is_looked_at_first(model, tmp_path):
+    sw.convert(model.write(tmp_path / "run"), tmp_path / "out", to="deepspeed-universal")
+    more = {**model.config, "attention_bias": True}
+    with pytest.raises(MissingTensorError, match=r"q_proj\.bias.*Check --config: they may be another model's.*copy the checkpoint again"):
+        sw.plan(sw.open(tmp_path / "out", config=more), to="huggingface")
+    heads = model.config["hidden_size"] // model.config["num_attention_heads"]
+    other = sw.open(tmp_path / "out", family="qwen3", config={**model.config, "head_dim": heads})
+    with pytest.raises(MissingTensorError, match=r"q_norm\.weight.*Check --family and --config"):
+        other["model.norm.weight"]

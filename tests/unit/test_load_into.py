@@ -205,6 +205,12 @@ def test_modules_on_meta_get_memory(src: Path) -> None:
     assert not any(p.requires_grad or p.is_meta or not p.tensor_model_parallel for p in module.parameters())  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("module", [5, "model", [nn.Linear(1, 1), 5], {0: 5}, {0: [None]}])
+def test_only_modules_are_filled(module: Any, src: Path) -> None:
+    with pytest.raises(errors.UsageError, match=r"only modules are filled; expected a torch.nn.Module"):
+        sw.open(src).load_into(module)
+
+
 class TestFit:
     def test_strict_names_what_differs(self, src: Path) -> None:
         expected = rank(src)

@@ -189,8 +189,9 @@ def test_a_bad_one_is_refused(case, tmp_path):
     for name in ("tp_00_00.pt", "non-tp.pt"):
         torch.save({}, root / name)
     path = manifest(root / "m.json", **fields)
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=match) as refused:
         sw.open(path)
+    assert refused.value.remedy
 
 
 def test_a_folder_of_inference_shards_says_what_it_is(tmp_path):

@@ -97,6 +97,12 @@ def test_where_blocks_begin_is_read_off_the_files(tmp_path):
         assert (ref.to_bits(opened["model.layers.1.mlp.up_proj.weight"].torch()) == hub["model.layers.1.mlp.up_proj.weight"]).all()
 
 
+def test_masters_that_are_lost_are_told(tmp_path):
+    files = ds.layer_files(GPT.hub(), GPT.kv, GPT.head_dim, 1, first=3)
+    opened = sw.open(write_layers(tmp_path / "source", files, GPT.raw(), optimizer={"fp32_groups_flat": [torch.ones(3)]}))
+    assert any("float32 master weights in it are lost" in warning for warning in opened.source.warnings)
+
+
 def test_twelve_ranks_and_a_hundred_layers(tmp_path):
     """Numbers, not text: layer 100 comes after 99 and rank 10 after 9."""
     model = Gpt("bloom", layers=100, heads=12, kv=12, head_dim=1, ffn=48)

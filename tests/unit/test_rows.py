@@ -200,3 +200,6 @@ def test_layouts_that_do_not_fit_are_refused():
         expanded(MODEL, "megatron", Layout(), "te", 130)
     with pytest.raises(LayoutError, match=r"does not divide the vocabulary.*--pad-vocab-to 2"):
         expanded(MODEL, "huggingface", Layout(2))
+    with pytest.raises(LayoutError, match=r"does not divide the vocabulary of the source.*Give the config.json") as refused:
+        expanded(MODEL, "huggingface", Layout(2), reading=True)
+    assert "--pad-vocab-to" not in str(refused.value)

@@ -251,7 +251,7 @@ GENUINE = whole(
     bytes(22),
 )
 MALFORMED = {
-    "empty file": (b"", "too short"),
+    "empty file": (b"", "is empty"),
     "seven bytes": (b"\0" * 7, "too short"),
     "no header": (b"\0" * 8, "does not begin with '{'"),
     "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),

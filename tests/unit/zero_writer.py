@@ -81,13 +81,18 @@ def write(root: Path, masters: Arrays, states: Mapping[str, Arrays], zero: Zero,
                 optimizer["zero_stage"] = stage_of(zero.stage)
             prefix = "bf16_" if zero.low is torch.bfloat16 else ""
             torch.save(
-                {"optimizer_state_dict": optimizer, "ds_config": {}, "ds_version": "0.19.8"},
+                {"optimizer_state_dict": optimizer, "ds_config": _config(zero), "ds_version": "0.19.8"},
                 folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
             )
             name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if zero.stage == 3 else "mp_rank_00_model_states.pt"
             if zero.stage == 3 or rank == 0:
                 torch.save(_model(rank, masters, shapes, zero), folder / name)
     return root
+
+
+def _config(zero: Zero) -> dict[str, Any]:
+    """What the run was configured with, which each of its files repeats."""
+    return {"train_batch_size": 4, "zero_optimization": {"stage": 1 if zero.stage == "bf16" else zero.stage}}
 
 
 def _model(rank: int, masters: Arrays, shapes: list[dict[str, torch.Size]], zero: Zero) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def _model(rank: int, masters: Arrays, shapes: list[dict[str, torch.Size]], zero
         "lr_scheduler": {"last_batch_iteration": 3},
         "skipped_steps": 0, "global_steps": 3, "global_samples": 12, "dp_world_size": zero.dp, "mp_world_size": 1,
         "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
-        "ds_config": {"train_batch_size": 4}, "ds_version": "0.19.8",
+        "ds_config": _config(zero), "ds_version": "0.19.8",
         **zero.client,
     }  # fmt: skip
 

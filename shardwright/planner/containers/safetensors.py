@@ -106,7 +106,8 @@ class Safetensors:
 def _header(store: Store, path: str, size: int) -> bytes:
     """The length word and the JSON after it; both lengths are checked before anything is read."""
     if size < 8:
-        raise ContainerError("too short to be safetensors", file=path, expected="at least 8 bytes", actual=f"{size} bytes", remedy=_AGAIN)
+        what = "too short to be safetensors" if size else "the file is empty"
+        raise ContainerError(what, file=path, expected="at least 8 bytes", actual=f"{size} bytes", remedy=_AGAIN)
     word = store.read(path, 0, 8)
     if word == b"version ":
         raise ContainerError("a Git LFS pointer lies where the file should be", file=path, remedy="Run git lfs pull")

@@ -114,10 +114,12 @@ def _archive(path: str) -> str:
 
 def _refuse_legacy(store: Store, path: str) -> None:
     head = store.read(path, 0, min(store.stat(path).nbytes, 512))
+    if not head:
+        raise ContainerError("the file is empty", file=path, expected="a torch file", actual="0 bytes", remedy="Copy or download it again")
     if head.startswith(_LEGACY) or head[257:262] == b"ustar":
         raise UnsupportedError("a torch file in the format from before torch 1.6, which is no zip archive", file=path, remedy=_RESAVE)
     if not head.startswith(b"PK\3\4"):
-        raise ContainerError("not a torch file: it does not begin with a zip entry", file=path)
+        raise ContainerError("not a torch file: it does not begin with a zip entry", file=path, remedy="Copy or download it again")
 
 
 def _folder(directory: Directory, path: str) -> str:

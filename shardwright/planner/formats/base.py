@@ -105,6 +105,10 @@ class Source:
         What is stored beside the weights (``exp_avg``), as `units` are; a plane has the tensors that are trained.
     training
         What else a training run needs to go on.
+    drop
+        Patterns of stored names to leave out, whatever is done with the checkpoint.
+    given
+        What the user said of it: of ``--family``, ``--config``.
     """
 
     store: Store
@@ -130,6 +134,8 @@ class Source:
     copies: Units = field(default_factory=dict)
     planes: Mapping[str, Units] = field(default_factory=dict)
     training: Training | None = None
+    drop: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
 
     def stored(self) -> Iterator[StoredTensor]:
         """Every stored tensor, the planes' after the weights."""
@@ -260,7 +266,7 @@ class Format(Protocol):
         """Read headers; raise a `Refusal` that names what is wrong."""
 
     def file(self, target: Target) -> Filing:
-        """Decide files and keys."""
+        """Decide files and keys; refuse what the format cannot be. A load asks for that alone, with no tensors."""
 
 
 def companions(store: Store, folder: str = "") -> tuple[tuple[str, str], ...]:

@@ -24,7 +24,7 @@ from ..tables import FAMILIES, Family
 from .base import Hints
 from .common import missing_config, settle
 
-__all__ = ["LATEST", "LAYER_FILE", "MODEL_FILE", "TAG", "config_of", "dropped_of", "folder_of", "numbered", "parallel_size"]
+__all__ = ["LATEST", "LAYER_FILE", "MODEL_FILE", "TAG", "config_of", "dropped_of", "folder_of", "lost_masters", "numbered", "parallel_size"]
 
 LATEST = "latest"
 TAG = "global_step0"
@@ -136,4 +136,20 @@ def config_of(
 
 def dropped_of(objects: Mapping[str, Any], used: tuple[str, ...]) -> tuple[Dropped, ...]:
     """What a file holds besides the weights, where it holds anything under that name."""
-    return tuple(Dropped(str(key), "only weights are converted") for key, value in objects.items() if key not in used and value)
+    masters = {"optimizer": _LOST} if _has_masters(objects) else {}
+    left = [key for key, value in objects.items() if key not in used and value]
+    return tuple(Dropped(str(key), masters.get(str(key), "only weights are converted")) for key in left)
+
+
+def lost_masters(objects: Mapping[str, Any], file: str) -> tuple[str, ...]:
+    """A warning where the optimizer's entry holds more of the weights than the module does."""
+    return (f"{file}: 'optimizer' is left out: {_LOST}",) if _has_masters(objects) else ()
+
+
+_LOST = "the float32 master weights in it are lost, what is converted is the module's copy of lower precision"
+
+
+def _has_masters(objects: Mapping[str, Any]) -> bool:
+    """Whether it is the state of DeepSpeed's FP16_Optimizer (without ZeRO, for bfloat16 too), fused or not."""
+    optimizer = objects.get("optimizer")
+    return isinstance(optimizer, dict) and any(optimizer.get(key) for key in ("fp32_groups_flat", "fp32_groups"))

@@ -32,7 +32,7 @@ from ..store import Store
 from ..tables import DIALECTS, Dialect
 from .base import Filing, Hints, Source, Target, Unit, companions
 from .common import carried, read_unit, stages, told_spec, versioned_spec
-from .deepspeed_files import LATEST, LAYER_FILE, MODEL_FILE, TAG, config_of, dropped_of, folder_of, numbered, parallel_size
+from .deepspeed_files import LATEST, LAYER_FILE, MODEL_FILE, TAG, config_of, dropped_of, folder_of, lost_masters, numbered, parallel_size
 
 __all__ = ["META", "DeepSpeedMp", "dialect_of", "engine_states", "padded_of", "refuse_pipeline"]
 
@@ -92,7 +92,7 @@ class DeepSpeedMp:
             files=files,
             companions=companions(store, "hf/"),
             dropped=dropped_of(first, (*keys, *META)),
-            warnings=(*warnings, *(note if dialect.rows is not None else ()), *notes),
+            warnings=(*warnings, *(note if dialect.rows is not None else ()), *notes, *lost_masters(first, paths[0])),
             identity=identity,
             config_path=config_path,
             norm_shift=shift,

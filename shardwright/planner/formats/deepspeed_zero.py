@@ -36,7 +36,7 @@ from .deepspeed_mp import dialect_of, padded_of
 from .zero_files import OPTIMIZER, Files, folder_of, missing_rank
 from .zero_flat import joined, placed, sliced, whole
 from .zero_names import Names, global_expert, local_experts
-from .zero_states import ModelStates, OptimizerStates, plain, refuse_experts
+from .zero_states import ModelStates, OptimizerStates, plain, refuse_experts, refuse_other_run
 
 __all__ = ["DeepSpeedZero", "name_shared", "spec_of"]
 
@@ -197,6 +197,9 @@ class _Run:
                 actual=f"stage {first.stage}",
                 remedy="Remove the files of the other run",
             )
+        for dp, one in zip(paths, states, strict=True):
+            if (mp, dp) in self.paths:
+                refuse_other_run(self._model(mp, dp), one)
         if mp == 0:
             self.common = first.common
         return self._sliced(mp, states) if first.sliced else self._joined(mp, states)

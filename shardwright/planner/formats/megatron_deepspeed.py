@@ -31,7 +31,7 @@ from ..store import Store
 from ..tables import DIALECTS
 from .base import Filing, Hints, Source, Target, Unit, companions
 from .common import carried, read_unit, told_spec
-from .deepspeed_files import LATEST, LAYER_FILE, MODEL_FILE, TAG, config_of, dropped_of, folder_of, numbered
+from .deepspeed_files import LATEST, LAYER_FILE, MODEL_FILE, TAG, config_of, dropped_of, folder_of, lost_masters, numbered
 from .deepspeed_mp import META, engine_states, refuse_pipeline
 
 __all__ = ["MegatronDeepSpeed"]
@@ -97,7 +97,7 @@ class MegatronDeepSpeed:
             files={name: index.header_digest for name, index in indexes.items()},
             companions=companions(store, "hf/"),
             dropped=dropped_of(objects, ("module", *META)),
-            warnings=notes,
+            warnings=(*notes, *lost_masters(objects, path)),
             identity=identity,
             config_path=config_path,
             norm_shift=shift,

@@ -11,7 +11,7 @@ Boundary: headers, and single numbers of at most 64 bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..passes.sides import stored_bytes
 from ..store import Store
 from .common import read_unit
 
-__all__ = ["CommonStates", "ModelStates", "OptimizerStates", "plain", "refuse_experts"]
+__all__ = ["CommonStates", "ModelStates", "OptimizerStates", "plain", "refuse_experts", "refuse_other_run"]
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
@@ -329,3 +329,47 @@ def refuse_experts(states: ModelStates) -> None:
         raise UnsupportedError(
             "experts that AutoEP dealt out are not read", file=states.path, remedy="Convert it with DeepSpeed's ds_to_universal first"
         )
+
+
+def refuse_other_run(model: ModelStates, optimizer: OptimizerStates) -> None:
+    """Refuse two files of one rank that say different things of their run: one process writes both, in one go.
+
+    Raises
+    ------
+    CheckpointError
+        ``ds_config``, the stage or the number of data-parallel ranks differ.
+    """
+    for key, said, found in _told(model, optimizer):
+        if said != found:
+            raise CheckpointError(
+                f"model states and optimizer states are of different runs: {key} differs",
+                file=optimizer.path,
+                expected=f"{short(said)}, as in {model.path}",
+                actual=short(found),
+                remedy="Remove the files of the other run",
+            )
+
+
+def _told(model: ModelStates, optimizer: OptimizerStates) -> Iterator[tuple[str, object, object]]:
+    """What both files say: key, the model states' value, the optimizer states'."""
+    config, other = model.objects.get("ds_config"), optimizer.index.objects.get("ds_config")
+    if isinstance(config, dict) and isinstance(other, dict) and plain(config) and plain(other):
+        yield from _unequal("ds_config", config, other)
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    zero = zero if isinstance(zero, dict) else {}
+    # Where the config says 0, or the optimizer says nothing, BF16_Optimizer has parted the vectors by itself.
+    if "zero_stage" in optimizer.states and zero.get("stage") in (1, 2, 3):
+        yield "zero_stage", zero["stage"], optimizer.stage
+    # With MiCS every so many ranks hold all of it; else all do, together.
+    ranks, shard = model.objects.get("dp_world_size"), zero.get("mics_shard_size")
+    if type(ranks) is int:
+        yield "partition_count", shard if type(shard) is int and shard > 0 else ranks, max(optimizer.counts)
+
+
+def _unequal(key: str, one: object, two: object) -> Iterator[tuple[str, object, object]]:
+    """Where two plain values differ, by the path of keys that leads there."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        for name in dict.fromkeys((*one, *two)):
+            yield from _unequal(f"{key}.{short(name) if not isinstance(name, str) else name}", one.get(name), two.get(name))
+    elif one != two:
+        yield key, one, two

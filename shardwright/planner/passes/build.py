@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
-from ...errors import UnsupportedError
+from ...errors import MissingTensorError, UnsupportedError
 from ..config import to_huggingface
 from ..containers import CONTAINERS
 from ..containers.base import Container, UnitLayout
@@ -39,7 +39,7 @@ from .rows import Expansion, expand
 from .sides import WEIGHT, SourceSide, TargetSide, place, resolve, targets, without_scales
 from .tiling import TILE_BYTES, choose_cuts, tile
 
-__all__ = ["assemble", "bind", "build", "no_collector", "read_names", "read_side", "sides_of"]
+__all__ = ["assemble", "bind", "build", "no_collector", "read_names", "read_side", "refuse_target", "sides_of"]
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def build(source: Source, request: Request, *, tile_bytes: int = TILE_BYTES) -> 
     with no_collector():
         words = settle_words(source, request)
         side, wanted = sides_of(source, request, words, casts(source.family, words.dtype))
-        filing = _file(source, request, words, side, wanted)
+        filing = _file(source, request, words, wanted)
         files, entries = _lay_out(filing, words, wanted)
         plan = assemble(source, request, words, side, wanted, files, entries, filing, tile_bytes)
         plan = with_identity(plan, source, request, words, wanted, filing)
@@ -122,17 +122,22 @@ def read_side(source: Source) -> SourceSide:
 
 
 def bind(source: Source, drop: Sequence[str] = (), plane: str = WEIGHT) -> SourceSide:
-    """The source's rows of one plane, bound to its headers, whatever has to be done to their values."""
+    """The source's rows of one plane, bound to its headers, whatever has to be done to their values; `drop` adds to its own."""
     family, config, padded = source.family, source.config, source.padded_vocab
     read = expand(family, config, source.dialect, source.spec, source.layout, padded, hub=source.hub, reading=True)
     units = source.units
     if plane != WEIGHT:
         units = source.planes[plane]
         read = rows_of(read, plane, stored_in(units, source.layout))
-    asked = tuple(Ignore(pattern, "left out with --drop") for pattern in drop)
+    asked = tuple(Ignore(pattern, "left out with --drop") for pattern in (*source.drop, *drop))
     known = [ignore.of(config.fields) for ignore in family.ignore]
     numbers = {path: i for i, path in enumerate(source.files)}
-    return resolve(read, source.layout, units, numbers, (*asked, *source.dialect.ignore, *known), source.dialect.name)
+    try:
+        return resolve(read, source.layout, units, numbers, (*asked, *source.dialect.ignore, *known), source.dialect.name)
+    except MissingTensorError as error:
+        if source.given:
+            error.remedy = f"Check {' and '.join(source.given)}: they may be another model's. If they are right, copy the checkpoint again"
+        raise
 
 
 def bind_weights(source: Source, request: Request) -> SourceSide:
@@ -177,7 +182,18 @@ def read_names(source: Source) -> SourceSide:
     return bind(replace(source, units={key: without_scales(unit, source.scheme) for key, unit in source.units.items()}))
 
 
-def _file(source: Source, request: Request, words: Words, side: SourceSide, wanted: TargetSide) -> Filing:
+def refuse_target(source: Source, request: Request) -> None:
+    """Refuse whatever `build` refuses of a target before it comes to its tensors, for loads, which file nothing.
+
+    Raises
+    ------
+    Refusal
+        The format has no such ranks, is only read, or asks for something that the source does not have.
+    """
+    _file(source, request, settle_words(source, request), TargetSide())
+
+
+def _file(source: Source, request: Request, words: Words, wanted: TargetSide) -> Filing:
     main = _main_dtype(wanted)
     made = to_huggingface(words.config, source.family, main, source.raw_config)
     if words.scheme is not None:

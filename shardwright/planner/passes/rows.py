@@ -206,7 +206,7 @@ def expand(
     Raises
     ------
     LayoutError
-        Heads, rows, experts or layers do not divide.
+        Heads, rows, experts or layers do not divide; with `reading`, those of the source.
     UnsupportedError
         The dialect has no row for a hub tensor of the family, or the family's table refuses it.
     """
@@ -437,7 +437,10 @@ class _Expander:
         """An operation or split that these tensors do not allow is the table's mistake: say where and what."""
         try:
             yield
-        except Refusal:  # the layout's or the config's mistake, explained already
+        except Refusal as error:  # the layout's or the config's mistake, explained already
+            if self.reading and isinstance(error, LayoutError):  # what helps a target does not help what is there
+                error.message += " of the source, as its config has it"
+                error.remedy = "Give the config.json that belongs to the checkpoint (--config, --vocab-size), or copy the checkpoint again"
             raise
         except (UsageError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             entry = f"[[{'row' if index < self.fallback else 'tensor'}]] {row.names[self.spec]}"

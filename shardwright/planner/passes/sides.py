@@ -262,8 +262,7 @@ _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)|(?<=\.weight)\d+$|(?<=\.bias)\d+$
 
 def _missing(name: str, wanted: str, unit: Mapping[str, StoredTensor], expansion: Expansion) -> MissingTensorError:
     """The refusal of a unit without this tensor; where other experts have it, it says which."""
-    beside = unit.get(max(unit, key=lambda other: _alike(name, other), default=""))
-    file = beside.file if beside else None
+    file = _home(name, unit)
     if (number := _EXPERT.search(name)) is not None and (held := _experts(name, number, unit)):
         counted = _experts(name, number, {i.name for i in expansion.instances})
         return MissingTensorError(
@@ -282,6 +281,18 @@ def _missing(name: str, wanted: str, unit: Mapping[str, StoredTensor], expansion
         actual="not there",
         remedy="Copy the checkpoint again, or give the config.json that belongs to it (--config)",
     )
+
+
+def _home(name: str, unit: Mapping[str, StoredTensor]) -> str | None:
+    """The file that would hold this tensor, as far as can be told: that of the tensor with the most similar name. Where that has a
+    file to itself, this one would have, too: of the same path but for the name."""
+    beside = unit.get(max(unit, key=lambda other: _alike(name, other), default=""))
+    if beside is None:
+        return None
+    files = [tensor.file for tensor in unit.values()]
+    if files.count(beside.file) > 1 or len(files) == 1:
+        return beside.file
+    return beside.file.replace(beside.name, name) if beside.name in beside.file else None
 
 
 def _alike(one: str, other: str) -> int:
