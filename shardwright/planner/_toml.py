@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -95,17 +96,24 @@ def _base_table(name: Any, origin: str, below: tuple[str, ...], all_read: list[s
         raise TableError("a family extends another by its name: letters, digits, - and _", file=origin, actual=short(name))
     if len(all_read) == _MOST_BASES:
         raise TableError(f"a family extends more than {_MOST_BASES} others", file=origin)
-    for folder in (Path(origin).parent, resources.files(__package__) / "families"):
-        path = Path(str(folder / f"{name}.toml"))
+    own = Path(str(resources.files(__package__) / "families"))
+    for folder in (Path(origin).parent, own):
+        path = folder / f"{name}.toml"
         if path.is_file():
             if str(path) in (*below, origin):
                 raise TableError("a family extends itself", file=origin, actual=short(name))
             all_read.append(str(path))
-            base = read(path)
+            base = _package_table(path) if folder == own else read(path)
             known_keys(base, FAMILY_KEYS, str(path), "the family")
             return _extended(base, str(path), (*below, origin), all_read)
     known = sorted(Path(str(entry)).stem for entry in (resources.files(__package__) / "families").iterdir())
     raise TableError("the family it extends is not known", file=origin, actual=repr(name), remedy=f"Known: {', '.join(known)}")
+
+
+@cache
+def _package_table(path: Path) -> dict[str, Any]:
+    """A table of this package, which several extend; nobody changes it."""
+    return read(path)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any], origin: str) -> dict[str, Any]:

@@ -98,6 +98,8 @@ def parse(text: object, where: str = "") -> Expression:
         raise TableError(f"an expression is longer than {_LONGEST} characters", file=where, actual=source[:60] + "…")
     if not source.isascii():
         raise TableError("an expression is ASCII", file=where, actual=repr(source))
+    if (known := _parsed.get(source)) is not None:
+        return known
     try:
         with warnings.catch_warnings():
             # What Python would only warn of, such as ``1if x else 2``, is no expression here.
@@ -119,7 +121,15 @@ def parse(text: object, where: str = "") -> Expression:
     numbers = frozenset(leaf.id for leaf in operands if isinstance(leaf, ast.Name))
     if _depth(tree) > _DEEPEST:
         raise TableError(f"an expression is nested more than {_DEEPEST} times", file=where, actual=source[:60] + "…")
-    return Expression(source, names, numbers, _compiled(tree.body))
+    found = Expression(source, names, numbers, _compiled(tree.body))
+    if len(_parsed) < _MOST_PARSED:
+        _parsed[source] = found
+    return found
+
+
+_MOST_PARSED = 4096
+_parsed: dict[str, Expression] = {}
+"""Tables say few things many times: ``true``, ``hidden_size``."""
 
 
 def _depth(tree: ast.AST) -> int:
