@@ -164,6 +164,7 @@ class Mates:
         with self._changed:
             while not self._free:
                 if self._stop.at_once():
+                    self._stop.raise_cause()
                     raise RunError("the run was stopped")
                 self._changed.wait(0.2)
             slot = self._free.pop()
@@ -181,7 +182,10 @@ class Mates:
                     if kind == _SLOT:
                         with outbox[slot * SLOT_BYTES : slot * SLOT_BYTES + nbytes] as data:
                             place(target, offset, data)
-                        mate.tell(_FREE, slot)
+                        try:
+                            mate.tell(_FREE, slot)
+                        except OSError as error:
+                            raise RunError(f"process {number}, which loads together with this one, has ended") from error
                     elif kind == _FAILED:
                         text = _receive(mate.link, nbytes).decode(errors="replace")
                         raise RunError(f"process {number}, which loads together with this one, failed: {text}")
