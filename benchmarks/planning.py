@@ -31,6 +31,7 @@ from .model import A_MILLION_TENSORS, DEEPSEEK_V3, LLAMA_70B, MANY_TENSORS, Conf
 __all__ = ["CASES", "PlanCase", "processes", "run", "start_up"]
 
 STEPS = {
+    "source_rows": "expand source rows",
     "bind": "bind source rows",
     "expand": "expand target rows",
     "targets": "state what is stored",

@@ -16,6 +16,7 @@ from .planner.identity import FILE_NAME, read_identity
 from .planner.layout import Layout
 from .planner.passes.build import build
 from .planner.passes.check import check
+from .planner.passes.planes import repeats
 from .planner.plan import Cost, Plan
 from .planner.request import Request
 from .planner.store import LocalStore
@@ -218,7 +219,7 @@ def _with_names(plan: Plan, error: ReplicaMismatchError) -> ReplicaMismatchError
     """The error with the stored names of the two copies, where they go by different ones: tied tensors."""
     names = {(t.file, t.offset): t.name for t in plan.source_tensors}
     held = dict.fromkeys(names[place] for place in error.places if place in names)
-    if len(held) > 1 and not any(name.startswith("module:") for name in held):
+    if len(held) > 1 and not any(map(repeats, held)):
         error.message += f" ({' and '.join(held)}, which the config ties)"
         error.remedy = "If they are not tied, set tie_word_embeddings to false in config.json; else find out which copy is right"
     return error

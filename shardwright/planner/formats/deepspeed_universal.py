@@ -32,7 +32,7 @@ from ..containers.base import StoredTensor, TensorSpec
 from ..containers.torch_zip import TensorRef
 from ..identity import read_identity
 from ..layout import Layout
-from ..passes.planes import hub_name
+from ..passes.planes import MODULE, hub_name
 from ..passes.rows import RowClass
 from ..passes.sides import WEIGHT
 from ..plan import Dropped
@@ -308,7 +308,7 @@ class _Run:
             return {}
         found = {own: modules[0].get(name) for own, name in self.called.items()}
         return {
-            own: tensor._replace(name=hub_name("module", own))
+            own: tensor._replace(name=hub_name(MODULE, own))
             for own, tensor in found.items()
             if tensor is not None and tensor.shape == self.weights[own].shape
         }

@@ -25,7 +25,7 @@ from ..containers.base import StoredTensor
 from ..containers.torch_zip import TensorValue
 from ..identity import read_identity
 from ..layout import Layout
-from ..passes.planes import hub_name
+from ..passes.planes import MODULE, hub_name
 from ..plan import Dropped
 from ..store import Store
 from ..tables import DIALECTS, Dialect, Family
@@ -362,7 +362,7 @@ def _put_together(run: _Run, names: Names) -> tuple[Held, Held, dict[str, Held],
             else:
                 unit[own] = tensor._replace(name=own)
                 if name in rank.copies:
-                    copy[own] = rank.copies[name]._replace(name=hub_name("module", own))
+                    copy[own] = rank.copies[name]._replace(name=hub_name(MODULE, own))
         for key, plane in rank.planes.items():
             held = planes.setdefault(key, {(tp, 0): {} for tp in range(run.tp)})[rank.number % run.tp, 0]
             for name, tensor in plane.items():
@@ -415,7 +415,7 @@ def _layers(run: _Run, names: Names, units: Held, copies: Held) -> None:
         for key, tensor in index.tensors.items():
             own = names.of_layer(layer, key)
             if own in unit:
-                copies[tp, 0].setdefault(own, tensor._replace(name=hub_name("module", own)))
+                copies[tp, 0].setdefault(own, tensor._replace(name=hub_name(MODULE, own)))
             else:
                 unit[own] = tensor._replace(name=own)
 

@@ -33,13 +33,23 @@ from ..tensor.pieces import FILL
 from .check import check
 from .identify import with_identity
 from .lower import Lowered, lower
-from .planes import held_by, join_copies, join_sources, join_targets, rows_of, stored_in
+from .planes import MODULE, held_by, join_copies, join_sources, join_targets, rows_of, stored_in
 from .request import Cast, Words, casts, settle_words
 from .rows import Expansion, expand
 from .sides import WEIGHT, SourceSide, TargetSide, place, resolve, targets, without_scales
 from .tiling import TILE_BYTES, choose_cuts, tile
 
-__all__ = ["assemble", "bind", "build", "no_collector", "read_names", "read_side", "refuse_target", "sides_of"]
+__all__ = [
+    "assemble",
+    "bind_weights",
+    "build",
+    "no_collector",
+    "read_names",
+    "read_side",
+    "refuse_target",
+    "sides_of",
+    "source_rows",
+]
 
 
 @contextmanager
@@ -79,11 +89,12 @@ def build(source: Source, request: Request, *, tile_bytes: int = TILE_BYTES) -> 
 
 def sides_of(source: Source, request: Request, words: Words, cast: Cast) -> tuple[SourceSide, TargetSide]:
     family, config = source.family, source.config
-    side = bind_weights(source, request)
+    read = source_rows(source)
+    side = bind_weights(source, request, read)
     write = expand(family, config, words.dialect, words.spec, request.layout, words.padded_vocab, hub=source.hub)
     wanted = targets(write, request.layout, side, cast, words.scheme, norm_shift(source, request))
     for plane in words.planes:
-        more = bind(source, request.drop, plane)
+        more = bind(source, read, request.drop, plane)
         rows = rows_of(write, plane, held_by(more))
         join_targets(wanted, targets(rows, request.layout, more, lambda row, name, before: before, None), plane)
         join_sources(side, more)
@@ -118,19 +129,23 @@ def read_side(source: Source) -> SourceSide:
             expected=f"stored values {'+' if source.norm_shift > 0 else '-'} 1",
             remedy="Convert the checkpoint, to huggingface or ranks for example",
         )
-    return bind(source)
+    return bind(source, source_rows(source))
 
 
-def bind(source: Source, drop: Sequence[str] = (), plane: str = WEIGHT) -> SourceSide:
-    """The source's rows of one plane, bound to its headers, whatever has to be done to their values; `drop` adds to its own."""
+def source_rows(source: Source) -> Expansion:
+    """Everything that the source's dialect stores for its model at its layout, aliases too. Large: not kept with the source."""
     family, config, padded = source.family, source.config, source.padded_vocab
-    read = expand(family, config, source.dialect, source.spec, source.layout, padded, hub=source.hub, reading=True)
+    return expand(family, config, source.dialect, source.spec, source.layout, padded, hub=source.hub, reading=True)
+
+
+def bind(source: Source, read: Expansion, drop: Sequence[str] = (), plane: str = WEIGHT) -> SourceSide:
+    """The source's rows of one plane, bound to its headers, whatever has to be done to their values; `drop` adds to its own."""
     units = source.units
     if plane != WEIGHT:
         units = source.planes[plane]
         read = rows_of(read, plane, stored_in(units, source.layout))
     asked = tuple(Ignore(pattern, "left out with --drop") for pattern in (*source.drop, *drop))
-    known = [ignore.of(config.fields) for ignore in family.ignore]
+    known = [ignore.of(source.config.fields) for ignore in source.family.ignore]
     numbers = {path: i for i, path in enumerate(source.files)}
     try:
         return resolve(read, source.layout, units, numbers, (*asked, *source.dialect.ignore, *known), source.dialect.name)
@@ -140,30 +155,28 @@ def bind(source: Source, drop: Sequence[str] = (), plane: str = WEIGHT) -> Sourc
         raise
 
 
-def bind_weights(source: Source, request: Request) -> SourceSide:
+def bind_weights(source: Source, request: Request, read: Expansion) -> SourceSide:
     """The source's weights, and what repeats them."""
-    side = bind(source, request.drop)
+    side = bind(source, read, request.drop)
     held = sum(len(unit) for unit in source.copies.values())
     if held and request.trust_replicas:
-        side.dropped.append(Dropped("module", f"{held} tensors that repeat the master weights; not compared (--trust-replicas)"))
+        side.dropped.append(Dropped(MODULE, f"{held} tensors that repeat the master weights; not compared (--trust-replicas)"))
     elif held:
-        more = _bind_copies(source)
+        more = _bind_copies(source, read)
         join_copies(side, more)
         if left := held - len(more.used):
-            side.dropped.append(Dropped("module", f"{left} tensors that repeat padded, averaged or left out master weights; not compared"))
+            side.dropped.append(Dropped(MODULE, f"{left} tensors that repeat padded, averaged or left out master weights; not compared"))
     return side
 
 
-def _bind_copies(source: Source) -> SourceSide:
+def _bind_copies(source: Source, read: Expansion) -> SourceSide:
     """The rows of what repeats weights: not of those that are padded, tied or averaged, whose copies need not be equal."""
-    family, config, padded = source.family, source.config, source.padded_vocab
-    read = expand(family, config, source.dialect, source.spec, source.layout, padded, hub=source.hub, reading=True)
     plain = [
         not row.alias and not (row.average and row.split.width > 1) and not any(p.slot == FILL for s in row.shards for p in s.pieces)
         for row in read.classes
     ]
     kept = Expansion(read.classes, tuple([i for i in read.instances if plain[i.row]]))
-    rows = rows_of(kept, "module", stored_in(source.copies, source.layout))
+    rows = rows_of(kept, MODULE, stored_in(source.copies, source.layout))
     names = {instance.name for instance in rows.instances}
     units = {key: {name: tensor for name, tensor in unit.items() if name in names} for key, unit in source.copies.items()}
     return resolve(rows, source.layout, units, {path: i for i, path in enumerate(source.files)}, (), source.dialect.name)
@@ -177,9 +190,9 @@ def read_names(source: Source) -> SourceSide:
     CheckpointError
         Also where a payload or a scale is missing, or is not what the scheme makes.
     """
-    if source.scheme is None:
-        return bind(source)
-    return bind(replace(source, units={key: without_scales(unit, source.scheme) for key, unit in source.units.items()}))
+    if source.scheme is not None:
+        source = replace(source, units={key: without_scales(unit, source.scheme) for key, unit in source.units.items()})
+    return bind(source, source_rows(source))
 
 
 def refuse_target(source: Source, request: Request) -> None:

@@ -24,10 +24,10 @@ from ..plan import Bindings, Output, Plan, Program, SourceFile, ValueOp
 from ..schemes import Scheme, SchemeOutput
 from ..tensor.lazy import leaf
 from ..tensor.pieces import Piece, count
-from .build import no_collector, read_names, read_side
+from .build import no_collector, read_names, read_side, source_rows
 from .facing import Facing, Half, Part, Unequal
 from .lower import averaged, gather_row
-from .rows import Expansion, RowClass, RowInstance, apply_split, expand
+from .rows import Expansion, RowClass, RowInstance, apply_split
 from .sides import Bound, SourceSide, resolve
 from .tiling import tile
 
@@ -116,9 +116,7 @@ class _Side:
 
     def _read_quantised(self, source: Source, scheme: Scheme) -> SourceSide:
         """The rows, and one more for each further output of a tensor that the scheme took."""
-        read = expand(
-            source.family, source.config, source.dialect, source.spec, source.layout, source.padded_vocab, hub=source.hub, reading=True
-        )
+        read = source_rows(source)
         classes, instances = list(read.classes), list(read.instances)
         known: dict[tuple[int, int], int] = {}
         for at in read.instances:

@@ -19,8 +19,10 @@ from ..layout import Layout
 from .rows import Expansion, RowInstance
 from .sides import SourceSide, TargetSide, Units
 
-__all__ = ["held_by", "hub_name", "join_copies", "join_sources", "join_targets", "rows_of", "stored_in"]
+__all__ = ["MODULE", "held_by", "hub_name", "join_copies", "join_sources", "join_targets", "repeats", "rows_of", "stored_in"]
 
+MODULE = "module"
+"""The plane of what repeats the weights: a run's module, beside the masters of its optimizer."""
 Has = Callable[[RowInstance, str], bool]
 
 
@@ -31,6 +33,15 @@ def hub_name(plane: str, name: str) -> str:
     'exp_avg:model.norm.weight'
     """
     return f"{plane}:{name}"
+
+
+def repeats(name: str) -> bool:
+    """Whether a stored tensor of that name is a copy of a weight.
+
+    >>> repeats(hub_name(MODULE, "model.norm.weight")), repeats("model.norm.weight")
+    (True, False)
+    """
+    return name.startswith(hub_name(MODULE, ""))
 
 
 def rows_of(expansion: Expansion, plane: str, has: Has) -> Expansion:
