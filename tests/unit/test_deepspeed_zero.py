@@ -3,6 +3,7 @@ contradicts itself is refused with file, what was expected and what is there."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -431,6 +432,18 @@ def test_any_rank_is_loaded_from_flat_partitions(zero, model, tmp_path):
         for held in (found[rank], source.state_dict(rank=rank, **options)):
             assert held.keys() == expected.keys()
             assert all(torch.equal(held[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_run_that_goes_on_keeps_its_norms_as_they_are(model, tmp_path):
+    """Its args say how they are stored; a target of weights alone has them as the family does."""
+    opened = sw.open(model.write(tmp_path / "run", low=torch.float32)).source
+    source = sw.Checkpoint(dataclasses.replace(opened, norm_shift=1))
+    norm = torch.from_numpy(model.masters["model.norm.weight"])
+    for to, shift in (("deepspeed-universal", 0), ("huggingface", 1)):
+        sw.convert(source, tmp_path / to, to=to)
+        assert torch.equal(source.state_dict(to=to)["model.norm.weight"], (norm.double() + shift).float())
+    assert np.array_equal(universal(tmp_path / "deepspeed-universal", "fp32")["model.norm.weight"], norm.numpy())
+    assert torch.equal(load_torch(tmp_path / "huggingface" / "model.safetensors")["model.norm.weight"], (norm.double() + 1).float())
 
 
 def test_padding_that_is_not_padding_is_refused_by_loads_too(model, tmp_path):

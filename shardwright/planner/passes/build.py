@@ -44,6 +44,7 @@ __all__ = [
     "bind_weights",
     "build",
     "no_collector",
+    "norm_shift",
     "read_names",
     "read_side",
     "refuse_target",
@@ -104,7 +105,7 @@ def sides_of(source: Source, request: Request, words: Words, cast: Cast) -> tupl
 
 def norm_shift(source: Source, request: Request) -> int:
     """What is added to stored norms: nothing for a target that goes on with the source's own run, whose args stay as they are."""
-    return 0 if getattr(FORMATS.get(request.to), "keeps_names", False) else source.norm_shift
+    return 0 if request.to and getattr(FORMATS.get(request.to), "keeps_names", False) else source.norm_shift
 
 
 def _left_out(request: Request) -> str:

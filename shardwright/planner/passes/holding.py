@@ -32,7 +32,7 @@ from ..plan import Plan, SourceFile, TargetFile, TensorEntry
 from ..request import Request
 from ..tensor.dtypes import dtype as dtype_of
 from ..tensor.lazy import LazyTensor, leaf
-from .build import bind_weights, no_collector, source_rows
+from .build import bind_weights, no_collector, norm_shift, source_rows
 from .check import check_filling
 from .lower import lower
 from .request import casts, settle_words
@@ -216,7 +216,7 @@ def hold(source: Source, request: Request, ranks: Sequence[int], include: Sequen
         stages = {layout.coordinates(rank)["pp"] for rank in ranks}
         kept = tuple(i for i in expansion.instances if i.pp in stages and _matches(_name(i, prefixed), include))
         side = bind_weights(source, request, source_rows(source))
-        target = targets(replace(expansion, instances=kept), layout, side, casts(source.family, dtype), None, source.norm_shift)
+        target = targets(replace(expansion, instances=kept), layout, side, casts(source.family, dtype), None, norm_shift(source, request))
         wanted = tuple(sorted(set(ranks)))
         held, spots = _held(kept, target, prefixed, wanted)
     stats = {path: source.store.stat(path) for path in source.files}
