@@ -209,7 +209,7 @@ class Runner:
                     rounded.copy[:] = rounded.expected
                 receipt.bytes_read += self._gather(job, reads, rounded.copy, buffers.staging)
                 if (odd := rounded.first_difference()) is not None:
-                    raise self._not_rounded(job, program, index, lo, hi, kind, odd)
+                    raise self._mismatch(job, program, index, lo, hi, odd.element, odd)
             elif reads:
                 if steps.partial[index]:
                     buffers.compare[:nbytes] = buffers.pivot[:nbytes]
@@ -217,7 +217,7 @@ class Runner:
                 if mean is not None:
                     mean.add(buffers.compare[:nbytes])
                 elif (at := first_difference(buffers.pivot[:nbytes], buffers.compare[:nbytes])) is not None:
-                    raise self._mismatch(job, program, index, lo, hi, at)
+                    raise self._mismatch(job, program, index, lo, hi, at // itemsize(program.dtype))
         if mean is not None and (count := mean.finish()):
             receipt.averaged[job.name] = receipt.averaged.get(job.name, 0) + count
 
@@ -298,23 +298,11 @@ class Runner:
             remedy="Copy the checkpoint again; a file of another run may lie in its place",
         )
 
-    def _not_rounded(self, job: Job, program: Program, replica: int, lo: Shape, hi: Shape, kind: str, odd: Odd) -> ReplicaMismatchError:
-        """The error for an element of a copy that is not the weight rounded."""
-        error = self._mismatch(job, program, replica, lo, hi, odd.element * itemsize(program.dtype))
-        made = ReplicaMismatchError(
-            f"{kind} weights are not the {program.dtype} ones rounded; {error.message.partition(', ')[2]}",
-            tensor=job.name,
-            file=error.file,
-            expected=odd.expected,
-            actual=f"{odd.actual}; largest difference near it {odd.largest:.3g}",
-            remedy="Files of two runs or steps lie here, or the masters were never updated; --trust-replicas takes the masters",
-        )
-        made.places = error.places
-        return made
-
-    def _mismatch(self, job: Job, program: Program, replica: int, lo: Shape, hi: Shape, at: int) -> ReplicaMismatchError:
-        """The error for byte `at` of the strip: which element, and the two files that disagree on it."""
-        index, where = at // itemsize(program.dtype), []
+    def _mismatch(
+        self, job: Job, program: Program, replica: int, lo: Shape, hi: Shape, element: int, odd: Odd | None = None
+    ) -> ReplicaMismatchError:
+        """The error for an element of the strip, or for an odd one of a rounded copy: where it is, and the two files that disagree."""
+        index, where = element, []
         for a, b in zip(reversed(lo), reversed(hi), strict=True):
             index, c = divmod(index, b - a)
             where.append(a + c)
@@ -325,11 +313,18 @@ class Runner:
             slot = next((box.slot for box in boxes), FILL)
             files.append("zeros" if slot == FILL else self.sources.files[job.sources[slot][0]].path)
             places += [] if slot == FILL else [job.sources[slot]]
+        what = "two copies that must be equal differ,"
+        remedy = "Find out which copy is right; --trust-replicas takes the first without comparing"
+        if odd is not None:
+            what = f"{program.replica_dtype(replica)} weights are not the {program.dtype} ones rounded;"
+            remedy = "Files of two runs or steps lie here, or the masters were never updated; --trust-replicas takes the masters"
         error = ReplicaMismatchError(
-            f"two copies that must be equal differ, first at element {tuple(where)}",
+            f"{what} first at element {tuple(where)}",
             tensor=job.name,
             file=" and ".join(files),
-            remedy="Find out which copy is right; --trust-replicas takes the first without comparing",
+            expected=None if odd is None else odd.expected,
+            actual=None if odd is None else f"{odd.actual}; largest difference near it {odd.largest:.3g}",
+            remedy=remedy,
         )
         error.places = tuple(places)
         return error
