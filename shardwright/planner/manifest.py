@@ -38,6 +38,7 @@ __all__ = [
     "manifests_in",
     "names_shards",
     "names_weights",
+    "of_shards",
     "read_manifest",
     "resolve",
 ]
@@ -143,8 +144,13 @@ def names_weights(manifest: Manifest) -> bool:
 
 
 def names_shards(store: Store) -> bool:
-    """Whether a manifest in the root is of Megatron's shards, or of DeepSpeed-Inference's."""
-    return any(value.get("type") == "Megatron" or isinstance(value["checkpoints"], dict) for value in manifests_in(store).values())
+    """Whether a manifest in the root is `of_shards`."""
+    return any(map(of_shards, manifests_in(store).values()))
+
+
+def of_shards(value: Mapping[str, Any]) -> bool:
+    """Whether a manifest is of Megatron's shards, or of DeepSpeed-Inference's."""
+    return value.get("type") == "Megatron" or isinstance(value["checkpoints"], dict)
 
 
 def read_manifest(store: Store, path: str) -> Manifest:

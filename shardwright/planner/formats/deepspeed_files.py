@@ -24,7 +24,20 @@ from ..tables import FAMILIES, Family
 from .base import Hints
 from .common import missing_config, settle
 
-__all__ = ["LATEST", "LAYER_FILE", "MODEL_FILE", "TAG", "config_of", "dropped_of", "folder_of", "lost_masters", "numbered", "parallel_size"]
+__all__ = [
+    "LATEST",
+    "LAYER_FILE",
+    "MODEL_FILE",
+    "TAG",
+    "config_of",
+    "dropped_of",
+    "folder_of",
+    "lost_masters",
+    "numbered",
+    "parallel_size",
+    "tag_in",
+]
+_LONGEST_TAG = 4096
 
 LATEST = "latest"
 TAG = "global_step0"
@@ -48,7 +61,7 @@ def folder_of(store: Store, pattern: re.Pattern[str], beside: tuple[re.Pattern[s
     """
     folders = _folders(store, pattern)
     if store.exists(LATEST):
-        tag = store.read(LATEST, 0, min(store.stat(LATEST).nbytes, 4096)).decode("utf-8", "replace").strip()
+        tag = tag_in(store, LATEST)
         if tag in folders:
             folders = {tag}
         elif folders:
@@ -63,6 +76,11 @@ def folder_of(store: Store, pattern: re.Pattern[str], beside: tuple[re.Pattern[s
             "several tags and no file latest", file=store.root, actual=sorted(folders)[:5], remedy="Give the folder of one of them"
         )
     return next((f"{folder}/" if folder else "" for folder in folders), None)
+
+
+def tag_in(store: Store, marker: str) -> str:
+    """The folder that a marker file names."""
+    return store.read(marker, 0, min(store.stat(marker).nbytes, _LONGEST_TAG)).decode("utf-8", "replace").strip()
 
 
 def _folders(store: Store, pattern: re.Pattern[str]) -> set[str]:

@@ -22,7 +22,7 @@ from ...errors import CheckpointError, UnsupportedError
 from ..containers.base import StoredTensor, TensorSpec
 from ..identity import read_identity, read_object
 from ..layout import Layout
-from ..manifest import Manifest, Resolved, below, find_manifest, manifests_in, names_shards, names_weights, resolve
+from ..manifest import Manifest, Resolved, below, find_manifest, manifests_in, names_weights, of_shards, resolve
 from ..passes.sides import stored_bytes
 from ..plan import Dropped
 from ..store import Store
@@ -50,7 +50,8 @@ class HuggingFace:
         names = store.list()
         if any(_entry(names)):
             return not any(n.startswith("rank_") for n in names)
-        return not names_shards(store) and any(not isinstance(value["checkpoints"], dict) for value in manifests_in(store).values())
+        found = manifests_in(store).values()
+        return bool(found) and not any(map(of_shards, found))
 
     def open(self, store: Store, hints: Hints) -> Source:
         manifest = hints.manifest or (None if any(_entry(store.list())) else find_manifest(store))

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from ...errors import CheckpointError
 from ..store import Store
+from .deepspeed_files import tag_in
 
 __all__ = ["OPTIMIZER", "Files", "folder_of", "missing_rank"]
 
@@ -28,7 +29,6 @@ _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_mp_rank_\d+_optim_states\.pt")
-_LONGEST_TAG = 4096
 
 
 @dataclass(slots=True)
@@ -117,7 +117,7 @@ def folder_of(store: Store, marker: str, wanted: re.Pattern[str]) -> str | None:
     if not found:
         return None
     if store.exists(marker):
-        tag = store.read(marker, 0, min(store.stat(marker).nbytes, _LONGEST_TAG)).decode("utf-8", "replace").strip()
+        tag = tag_in(store, marker)
         if f"{tag}/" in found:
             return f"{tag}/"
         if tag in ("", ".") and "" in found:
